@@ -1,0 +1,1 @@
+"""The redone command: run, data, doctor, report."""

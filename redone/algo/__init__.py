@@ -1,0 +1,1 @@
+"""The algorithm as pure functions: advantages, group selection, losses, statistics."""

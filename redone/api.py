@@ -1,0 +1,133 @@
+"""The interfaces, each the sentence that its caller wants to write. Implementations: trainer/, engine/, cluster/."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from redone.types import (
+    Batch,
+    Completion,
+    FloatArray,
+    Policy,
+    Prompt,
+    Sampling,
+    Score,
+    Shard,
+    UpdateReport,
+    WeightBucket,
+    WeightPlan,
+)
+
+if TYPE_CHECKING:
+    from redone.config.schema import AlgorithmConfig
+
+Awake = Literal["all", "weights"]
+
+
+class Trainer(Protocol):
+    """One process of an SPMD trainer: every rank calls every method, in the same order."""
+
+    def logprobs(self, shard: Shard, policy: Policy, temperature: float) -> list[FloatArray] | None:
+        """One [N] fp32 array per micro-batch, in row order; None on ranks that hold no output (not last PP stage or
+        not TP rank 0)."""
+
+    def update(self, shard: Shard, algorithm: AlgorithmConfig) -> UpdateReport:
+        """One optimizer step over the whole shard. Raises TrainerError on a non-finite loss."""
+
+    def weight_plan(self, bucket_bytes: int) -> WeightPlan: ...
+
+    def publish(self, location: str, version: int) -> tuple[WeightBucket, ...] | None:
+        """Collective: gather, rename, write every bucket into the channel; rank 0 returns the buckets."""
+
+    def save(self, path: str) -> None: ...
+
+    def load(self, path: str) -> None: ...
+
+    def export(self, path: str) -> None:
+        """Write a Hugging Face folder (rank 0 writes, all ranks take part)."""
+
+    def sleep(self) -> None: ...
+
+    def wake(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Engine(Protocol):
+    """One rollout engine. All methods are coroutines; a failed load poisons the engine until it is restarted or
+    completely re-pushed."""
+
+    async def start(self) -> dict[str, Any]:
+        """Load the model; returns {"pid", "max_model_len", "vocab_size", "seconds"}."""
+
+    async def generate(self, prompt_ids: Sequence[int], sampling: Sampling, seeds: Sequence[int]) -> list[Completion]:
+        """len(seeds) completions of one prompt, one per seed, in that order."""
+
+    async def score(self, sequences: Sequence[Sequence[int]]) -> list[FloatArray]:
+        """[len - 1] fp32 raw log-probabilities (temperature 1) of tokens 1.. of each sequence."""
+
+    async def begin_update(self, plan: WeightPlan) -> None:
+        """Pause generation (requests are kept), refuse a plan whose hash differs from the first one."""
+
+    async def load(self, bucket: WeightBucket) -> None:
+        """Verify digests and load. Raises SyncError that names the tensor."""
+
+    async def commit(self, version: int) -> None:
+        """Finish the update: post-process weights, drop KV and prefix caches, expose the version."""
+
+    async def pause(self) -> None: ...
+
+    async def resume(self) -> None: ...
+
+    async def sleep(self) -> None: ...
+
+    async def wake(self, what: Awake) -> None: ...
+
+    async def close(self) -> None: ...
+
+
+class RewardFn(Protocol):
+    def score(self, prompt: Prompt, completion: Completion) -> Score: ...
+
+
+class TrainerGroup(Protocol):
+    """The driver's view of all trainer ranks: plans, cuts, fans out, joins."""
+
+    def logprobs(self, batch: Batch, policy: Policy = "actor", temperature: float | None = None) -> list[list[FloatArray]]:
+        """result[g][i]: [R] fp32 of trajectory i of group g."""
+
+    def update(self, part: Batch, algorithm: AlgorithmConfig) -> UpdateReport: ...
+
+    def push(self, engines: EngineFleet, version: int) -> dict[str, float]:
+        """In place, digest-checked, all engines or none; then the canary. Returns the sync/* metrics."""
+
+    def awake(self) -> AbstractContextManager[None]: ...
+
+    def save(self, path: str) -> None: ...
+
+    def load(self, path: str) -> None: ...
+
+    def export(self, path: str) -> None: ...
+
+
+class EngineFleet(Protocol):
+    async def generate(self, prompt_ids: Sequence[int], sampling: Sampling, seeds: Sequence[int]) -> list[Completion]: ...
+
+    def score(self, sequences: Sequence[Sequence[int]]) -> list[list[FloatArray]]:
+        """result[e][i]: engine e's log-probabilities of sequence i."""
+
+    def load(self, plan: WeightPlan, buckets: Sequence[WeightBucket], version: int) -> None: ...
+
+    def awake(self, what: Awake = "all") -> AbstractContextManager[None]: ...
+
+
+class Cluster(Protocol):
+    """Made by cluster/ (Ray) or by a test."""
+
+    def trainers(self) -> TrainerGroup: ...
+
+    def engines(self) -> EngineFleet: ...
+
+    def close(self) -> None: ...

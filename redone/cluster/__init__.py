@@ -1,0 +1,1 @@
+"""The only Ray here: placement, actors, the driver's view of them."""

@@ -1,0 +1,1 @@
+"""The configuration tree: schema, loading, checks between sections."""

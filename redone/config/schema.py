@@ -1,0 +1,296 @@
+"""The configuration tree: frozen pydantic models, unknown keys refused. Leaf names are verl's where verl has one.
+
+docs/config.md is generated from the field descriptions here; relations between sections are checked in check.py.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+SCHEMA_VERSION = 1
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, protected_namespaces=())
+
+
+class RunConfig(Section):
+    name: str = Field("run", pattern=r"^[A-Za-z0-9._-]+$", description="Name of the run folder under `run.dir`.")
+    dir: str = Field("runs", description="Folder that holds run folders.")
+    seed: int = Field(0, ge=0, description="Seed of data order, sampling and initialisation.")
+    schema_version: int = Field(SCHEMA_VERSION, description="Version of this schema; an older run folder is refused.")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Level of the log files.")
+
+
+class ModelSection(Section):
+    path: str = Field(description="Local Hugging Face folder (Qwen3, Qwen3-MoE or Llama family).")
+    dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="Parameter dtype of trainer and engine.")
+    trust_remote_code: bool = Field(False, description="Let transformers run code from the model folder.")
+    chat_template: str | None = Field(None, description="Jinja file that replaces the model's chat template.")
+    system_prompt: str | None = Field(None, description="Put before prompts that have no system message.")
+    enable_thinking: bool | None = Field(None, description="Passed to the chat template when set.")
+    max_model_len: int | None = Field(None, ge=2, description="Engine context length; default: longest prompt + response.")
+
+
+class DataConfig(Section):
+    train: tuple[str, ...] = Field(description="Training files: verl parquet or slime jsonl.")
+    val: tuple[str, ...] = Field((), description="Validation files: every choice is made on these.")
+    test: tuple[str, ...] = Field((), description="Held-out files, read once, at the end (and before training).")
+    prompt_key: str = Field("prompt", description="Column that holds the messages (or a plain string).")
+    label_key: str = Field("label", description="Ground-truth column of slime jsonl rows.")
+    max_prompt_length: int = Field(1024, ge=1, description="Longest prompt in tokens.")
+    max_response_length: int = Field(1024, ge=1, description="Longest response in tokens, stop token included.")
+    truncation: Literal["error", "drop"] = Field("error", description="A longer prompt: stop, or drop it and count it.")
+    shuffle: bool = Field(True, description="Shuffle every epoch by seed.")
+    balance_key: str | None = Field(
+        None, description="`reference` or a key of extra_info: each batch draws its values in turn (label balance)."
+    )
+
+
+class RewardBase(Section):
+    threshold: float = Field(1.0, ge=0, le=1, description="raw >= threshold counts as correct.")
+    scale: float = Field(1.0, gt=0, description="value = scale * raw (before length shaping).")
+
+
+class ExactReward(RewardBase):
+    family: Literal["exact"] = "exact"
+    extract: Literal["none", "tag", "last_line", "box"] = Field("none", description="Where the answer stands.")
+    tag: str = Field("answer", description="Tag name for extract=tag.")
+    ignore_case: bool = Field(True, description="Fold case.")
+    strip_punctuation: bool = Field(True, description="Drop ASCII and full-width punctuation at both ends.")
+    require_stop: bool = Field(True, description="A response cut by the length limit scores 0.")
+
+
+class CustomReward(RewardBase):
+    family: Literal["custom"] = "custom"
+    path: str = Field(description="Python file of the user.")
+    name: str = Field("compute_score", description="compute_score(data_source, solution_str, ground_truth, extra_info).")
+
+
+RewardConfig = Annotated[ExactReward | CustomReward, Field(discriminator="family")]
+
+
+class ClipRange(Section):
+    clip_ratio_low: float = Field(0.2, ge=0, lt=1, description="Lower clip range.")
+    clip_ratio_high: float = Field(0.28, ge=0, description="Upper clip range (DAPO: clip-higher).")
+
+
+class DapoLoss(ClipRange):
+    type: Literal["dapo"] = "dapo"
+    clip_ratio_c: float | None = Field(None, gt=1, description="Dual clip for negative advantages; off when null.")
+
+
+class GrpoLoss(ClipRange):
+    type: Literal["grpo"] = "grpo"
+    clip_ratio_high: float = Field(0.2, ge=0, description="Upper clip range.")
+    clip_ratio_c: float | None = Field(None, gt=1, description="Dual clip for negative advantages; off when null.")
+
+
+class DrGrpoLoss(ClipRange):
+    type: Literal["dr_grpo"] = "dr_grpo"
+    clip_ratio_high: float = Field(0.2, ge=0, description="Upper clip range.")
+    length: int = Field(description="Constant that divides each sequence's token sum.", ge=1)
+
+
+class GspoLoss(ClipRange):
+    type: Literal["gspo"] = "gspo"
+    clip_ratio_low: float = Field(3e-4, ge=0, lt=1, description="Lower clip range of the sequence ratio.")
+    clip_ratio_high: float = Field(4e-4, ge=0, description="Upper clip range of the sequence ratio.")
+
+
+class CispoLoss(ClipRange):
+    type: Literal["cispo"] = "cispo"
+    clip_ratio_low: float = Field(1.0, ge=0, description="Lower clip range (1.0: off).")
+    clip_ratio_high: float = Field(0.28, ge=0, description="Upper clip range.")
+
+
+class SftLoss(Section):
+    type: Literal["sft"] = "sft"
+
+
+LossConfig = Annotated[
+    DapoLoss | GrpoLoss | DrGrpoLoss | GspoLoss | CispoLoss | SftLoss, Field(discriminator="type")
+]
+
+
+class FilterGroups(Section):
+    enable: bool = Field(True, description="Dynamic sampling: replace groups that teach nothing.")
+    eps: float = Field(1e-6, ge=0, description="A group is informative iff its raw rewards spread by more than this.")
+    max_num_gen_batches: int = Field(10, ge=1, description="Generation rounds per step before giving up.")
+    on_exhausted: Literal["error", "short"] = Field("short", description="After the cap: stop, or train on what there is.")
+
+
+class OverlongBuffer(Section):
+    enable: bool = Field(False, description="Soft overlong punishment.")
+    len: int = Field(0, ge=0, description="Tokens before max_response_length in which the penalty grows from 0 to 1.")
+    penalty_factor: float = Field(1.0, ge=0, description="Penalty at max_response_length.")
+
+
+class ImportanceConfig(Section):
+    """Correction of trainer/engine mismatch: w = pi_old(trainer) / pi(engine)."""
+
+    level: Literal["off", "token", "sequence"] = Field("off", description="Where the weight is computed.")
+    mode: Literal["truncate", "mask"] = Field("truncate", description="truncate: min(w, cap). mask: drop where w > cap.")
+    cap: float = Field(2.0, gt=0, description="Cap C of the weight.")
+
+
+class KlConfig(Section):
+    coef: float = Field(0.0, ge=0, description="0: no KL term, and no reference policy is kept.")
+    estimator: Literal["k1", "k2", "k3"] = Field("k3", description="Per-token estimator.")
+
+
+class AlgorithmConfig(Section):
+    adv_estimator: Literal["grpo", "dr_grpo"] = Field("grpo", description="grpo: (r - mean) / std; dr_grpo: r - mean.")
+    loss: LossConfig = DapoLoss()
+    filter_groups: FilterGroups = FilterGroups()
+    overlong_buffer: OverlongBuffer = OverlongBuffer()
+    importance: ImportanceConfig = ImportanceConfig()
+    kl: KlConfig = KlConfig()
+    entropy_coeff: float = Field(0.0, ge=0, description="Entropy bonus.")
+    train_batch_size: int = Field(1024, ge=1, description="Prompts per rollout step.")
+    ppo_mini_batch_size: int = Field(1024, ge=1, description="Prompts per optimizer update.")
+    ppo_epochs: int = Field(1, ge=1, description="Passes over a rollout batch.")
+    total_steps: int = Field(100, ge=1, description="Rollout steps.")
+
+
+class VllmEngine(Section):
+    type: Literal["vllm"] = "vllm"
+    in_process: bool = Field(False, description="One process instead of AsyncLLM's three (fast tests).")
+    enforce_eager: bool = Field(True, description="No CUDA graphs / torch.compile.")
+    block_size: int | None = Field(None, ge=8, description="KV block; 32 lets short prompts share prefixes on CPU.")
+    kv_cache_mb: int | None = Field(None, ge=8, description="KV cache size on CPU.")
+    max_num_seqs: int = Field(256, ge=1, description="Sequences decoded at once.")
+    num_threads: int = Field(1, ge=1, description="CPU threads of the engine.")
+
+
+class RolloutConfig(Section):
+    engine: VllmEngine = VllmEngine()
+    n: int = Field(16, ge=1, description="Responses per prompt (G).")
+    temperature: float = Field(1.0, gt=0, description="The trainer divides its logits by the same value.")
+    top_p: float = Field(1.0, gt=0, le=1, description="Nucleus sampling.")
+    top_k: int = Field(-1, ge=-1, description="-1: off.")
+    replicas: int = Field(1, ge=1, description="Engines.")
+    tensor_model_parallel_size: int = Field(1, ge=1, description="Ranks of one engine.")
+    gpu_memory_utilization: float = Field(0.7, gt=0, le=1, description="Share of GPU memory for one engine.")
+    max_failed_share: float = Field(0.05, ge=0, le=1, description="Share of rollouts whose reward may fail per step.")
+
+
+class ParallelConfig(Section):
+    tensor: int = Field(1, ge=1, description="Tensor parallel size (sequence parallel with it).")
+    pipeline: int = Field(1, ge=1, description="Pipeline parallel size.")
+    expert: int = Field(1, ge=1, description="Expert parallel size.")
+    expert_tensor: int = Field(1, ge=1, description="Tensor parallel size inside experts.")
+
+
+class OptimConfig(Section):
+    lr: float = Field(1e-6, gt=0, description="Peak learning rate.")
+    min_lr: float = Field(0.0, ge=0, description="Final rate of a decaying schedule.")
+    lr_warmup_steps: int = Field(0, ge=0, description="Linear warm-up, in rollout steps.")
+    lr_decay_style: Literal["constant", "linear", "cosine"] = Field("constant", description="Schedule after warm-up.")
+    weight_decay: float = Field(0.1, ge=0, description="AdamW weight decay (none on 1-D parameters).")
+    clip_grad: float = Field(1.0, gt=0, description="Global gradient-norm clip.")
+    betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW betas.")
+    eps: float = Field(1e-8, gt=0, description="AdamW epsilon.")
+
+
+class HeadConfig(Section):
+    backend: Literal["reference", "chunked"] = Field("chunked", description="How log-probabilities are computed.")
+    chunk_tokens: int = Field(1024, ge=1, description="Rows per chunk of the chunked head.")
+
+
+class TrainerConfig(Section):
+    parallel: ParallelConfig = ParallelConfig()
+    optim: OptimConfig = OptimConfig()
+    max_token_len_per_rank: int = Field(16384, ge=1, description="Token budget of one micro-batch.")
+    recompute: Literal["none", "full"] = Field("none", description="Activation recomputation.")
+    prefix_sharing: bool = Field(True, description="Compute each prompt once for its whole group.")
+    head: HeadConfig = HeadConfig()
+    num_threads: int = Field(1, ge=1, description="CPU threads per rank.")
+    timeout_s: float = Field(600.0, gt=0, description="Collective timeout; a peer that hangs longer is an error.")
+    determinism_seed: int = Field(1234, ge=0, description="Seed of the model-parallel RNG tracker.")
+
+
+class CanaryConfig(Section):
+    every: int = Field(1, ge=0, description="Check every n-th update; 0: off.")
+    tolerance: float = Field(1e-4, gt=0, description="Largest |trainer - engine| log-probability on the fixed prompts.")
+    prompts: int = Field(4, ge=1, description="Fixed prompts.")
+    length: int = Field(32, ge=2, description="Tokens per fixed prompt.")
+
+
+class WeightsConfig(Section):
+    channel: Literal["shm"] = Field("shm", description="How weights reach the engines.")
+    bucket_bytes: int = Field(64 * 2**20, ge=1024, description="Bytes per bucket.")
+    dir: str | None = Field(None, description="Folder of the channel; default /dev/shm, REDONE_SHM_DIR overrides.")
+    canary: CanaryConfig = CanaryConfig()
+
+
+class EvalSampling(Section):
+    temperature: float = Field(0.0, ge=0, description="0: greedy.")
+    top_p: float = Field(1.0, gt=0, le=1, description="Nucleus sampling.")
+    n: int = Field(1, ge=1, description="Samples per item.")
+    max_tokens: int | None = Field(None, ge=1, description="Default: data.max_response_length.")
+
+
+class EarlyStop(Section):
+    enable: bool = Field(False, description="Stop when validation no longer improves.")
+    patience: int = Field(3, ge=1, description="Evaluations without improvement.")
+
+
+class EvaluateConfig(Section):
+    every: int = Field(0, ge=0, description="Validate every n steps; 0: only at the end.")
+    before_train: bool = Field(True, description="Validate (and test) before step 1.")
+    sampling: EvalSampling = EvalSampling()
+    max_items: int | None = Field(None, ge=1, description="Validate on the first n items only.")
+    keep_best: bool = Field(True, description="Keep and finally use the checkpoint with the best validation score.")
+    early_stop: EarlyStop = EarlyStop()
+    baselines: tuple[Literal["constant", "label_logprob"], ...] = Field(
+        (), description="Baselines of the untrained model on the test files (classification tasks)."
+    )
+
+
+class RayConfig(Section):
+    temp_dir: str | None = Field(None, description="Short folder for Ray's sockets; default: a new one under /tmp.")
+    object_store_mb: int = Field(128, ge=80, description="Ray object store.")
+    start_timeout_s: float = Field(300.0, gt=0, description="Longest start of an actor.")
+
+
+class ClusterConfig(Section):
+    device: Literal["cpu", "cuda"] = Field("cpu", description="Where trainers and engines run.")
+    nodes: int = Field(1, ge=1, description="Nodes.")
+    gpus_per_node: int = Field(1, ge=1, description="Trainer ranks per node (on CPU: processes).")
+    ray: RayConfig = RayConfig()
+
+    @property
+    def world_size(self) -> int:
+        return self.nodes * self.gpus_per_node
+
+
+class RecordConfig(Section):
+    loggers: tuple[Literal["console", "jsonl", "tensorboard", "wandb", "mlflow"], ...] = Field(
+        ("console", "jsonl", "tensorboard"), description="Where metrics go."
+    )
+    samples_per_step: int = Field(4, ge=0, description="Rollouts written per step.")
+    project: str = Field("redone", description="Project name for W&B / experiment for MLflow.")
+
+
+class CheckpointConfig(Section):
+    every: int = Field(0, ge=0, description="Save every n steps; 0: only at the end.")
+    keep: int = Field(2, ge=1, description="Checkpoints kept (the best one apart).")
+    export_hf: bool = Field(True, description="Write a Hugging Face folder at the end.")
+
+
+class Config(Section):
+    run: RunConfig = RunConfig()
+    model: ModelSection
+    data: DataConfig
+    rewards: dict[str, RewardConfig] = Field(description="Task name (or `default`) -> reward.")
+    algorithm: AlgorithmConfig = AlgorithmConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    trainer: TrainerConfig = TrainerConfig()
+    weights: WeightsConfig = WeightsConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    record: RecordConfig = RecordConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()

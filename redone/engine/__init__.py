@@ -1,0 +1,1 @@
+"""Rollout engines behind redone.api.Engine: one file per engine."""

@@ -1,0 +1,1 @@
+"""Held-out evaluation, statistics and baselines."""

@@ -1,0 +1,1 @@
+"""What the user sees and keeps: metrics, samples, report."""

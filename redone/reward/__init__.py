@@ -1,0 +1,1 @@
+"""Rewards: one family per task, raw score in [0, 1]."""

@@ -1,0 +1,1 @@
+"""Megatron-core backend: the only folder that imports megatron."""

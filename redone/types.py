@@ -1,0 +1,270 @@
+"""Values that flow between the parts: frozen, closed, plain numpy; shapes and dtypes stand at each field.
+
+Arrays are numpy, not torch, because every value here crosses a process border (Ray passes numpy without a copy) and
+the driver must not need a device. Nothing here has behaviour beyond deriving one value from another.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+IntArray = NDArray[np.int32]
+FloatArray = NDArray[np.float32]
+
+Finish = Literal["stop", "length", "abort"]
+Policy = Literal["actor", "reference"]
+ScoreStatus = Literal["ok", "error", "timeout"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Message:
+    role: str  # "system" | "user" | "assistant"
+    content: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Prompt:
+    id: str  # stable over epochs and restarts: the ledger, the seeds and the resume rely on it
+    task: str
+    domain: str  # "sns" | "general"
+    data_source: str
+    messages: tuple[Message, ...]
+    token_ids: IntArray  # [P] int32, chat template applied, ready for the engine
+    reference: Any  # the ground truth as the data holds it
+    reward: str  # key of config.rewards
+    extra: Mapping[str, Any] = field(default_factory=dict)  # the user's extra_info
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VersionSpan:
+    """Tokens [start, end) of a completion were sampled under weight version `version`."""
+
+    version: int
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """Sampling parameters of one request. temperature 0 is greedy."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = -1  # -1: off
+    max_tokens: int
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Completion:
+    token_ids: IntArray  # [R] int32, the stop token included when one was sampled
+    text: str  # decoded once, special tokens stripped
+    logprobs: FloatArray  # [R] fp32, engine's, of the distribution actually sampled from (after temperature and top-p)
+    finish: Finish
+    versions: tuple[VersionSpan, ...]
+    routed_experts: NDArray[np.int16] | None = None  # [P + R - 1, L, K] expert ids per token and MoE layer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Score:
+    raw: float  # in [0, 1], unshaped: dynamic sampling and diagnosis read this one
+    value: float  # what the advantage sees (shaped, may be negative)
+    correct: bool  # raw >= the task's threshold
+    parts: Mapping[str, float] = field(default_factory=dict)
+    detail: str = ""
+    status: ScoreStatus = "ok"  # anything else: the rollout is dropped and counted, never scored 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Rollout:
+    prompt: Prompt
+    completion: Completion
+    score: Score
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Group:
+    """The G rollouts of one prompt."""
+
+    prompt: Prompt
+    epoch: int
+    rollouts: tuple[Rollout, ...]
+
+    def informative(self, eps: float) -> bool:
+        """True iff the raw rewards differ by more than eps: only then the group carries a gradient."""
+        raw = [r.score.raw for r in self.rollouts]
+        return len(raw) > 1 and max(raw) - min(raw) > eps
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Trajectory:
+    """One response, once text and rewards are gone. All arrays have length R."""
+
+    token_ids: IntArray  # [R] int32
+    loss_mask: NDArray[np.bool_]  # [R] tokens that enter the loss
+    advantages: FloatArray  # [R] fp32
+    engine_logprobs: FloatArray  # [R] fp32, rollout engine's
+    old_logprobs: FloatArray | None = None  # [R] fp32, trainer's, at the start of the step
+    ref_logprobs: FloatArray | None = None  # [R] fp32, reference policy's (KL only)
+    version: int = 0  # oldest weight version that any token was sampled under
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class TrainGroup:
+    """A prompt, once, and the responses that share it."""
+
+    prompt_id: str
+    prompt_ids: IntArray  # [P] int32, P >= 1
+    trajectories: tuple[Trajectory, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Batch:
+    """The data of one or more optimizer steps; `num_loss_tokens` is THE denominator of the token-level loss."""
+
+    groups: tuple[TrainGroup, ...]
+    num_loss_tokens: int  # sum of all loss masks
+    num_sequences: int  # responses with at least one loss token: denominator of sequence-level losses
+
+    @staticmethod
+    def of(groups: Sequence[TrainGroup]) -> Batch:
+        masks = [t.loss_mask for g in groups for t in g.trajectories]
+        return Batch(
+            groups=tuple(groups),
+            num_loss_tokens=int(sum(int(m.sum()) for m in masks)),
+            num_sequences=sum(bool(m.any()) for m in masks),
+        )
+
+    def split(self, parts: int) -> tuple[Batch, ...]:
+        """Cut by prompt into `parts` optimizer steps of nearly equal group counts; each has its own denominators."""
+        if not 1 <= parts <= len(self.groups):
+            raise ValueError(f"cannot cut {len(self.groups)} groups into {parts} optimizer steps")
+        edges = [round(i * len(self.groups) / parts) for i in range(parts + 1)]
+        return tuple(Batch.of(self.groups[a:b]) for a, b in zip(edges[:-1], edges[1:], strict=True))
+
+    def with_logprobs(
+        self, name: Literal["old_logprobs", "ref_logprobs"], values: Sequence[Sequence[FloatArray]]
+    ) -> Batch:
+        """values[g][i]: [R] fp32 of trajectory i of group g."""
+        groups = []
+        for group, per_group in zip(self.groups, values, strict=True):
+            filled = []
+            for trajectory, logprobs in zip(group.trajectories, per_group, strict=True):
+                if logprobs.shape != trajectory.token_ids.shape:
+                    raise ValueError(f"{name} of {group.prompt_id}: {logprobs.shape} for {trajectory.token_ids.shape}")
+                filled.append(
+                    dataclasses.replace(trajectory, old_logprobs=logprobs)
+                    if name == "old_logprobs"
+                    else dataclasses.replace(trajectory, ref_logprobs=logprobs)
+                )
+            groups.append(dataclasses.replace(group, trajectories=tuple(filled)))
+        return dataclasses.replace(self, groups=tuple(groups))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Piece:
+    """Samples of one group that share a copy of its prompt in one micro-batch."""
+
+    group: int  # index into Batch.groups
+    samples: tuple[int, ...]  # indices into TrainGroup.trajectories
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepPlan:
+    """slots[m][d]: the pieces of micro-batch m on data-parallel rank d. Every rank has the same number of
+    micro-batches, every sample is placed exactly once; a slot may be empty (it then runs one padding token)."""
+
+    slots: tuple[tuple[tuple[Piece, ...], ...], ...]
+
+    @property
+    def num_microbatches(self) -> int:
+        return len(self.slots)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Segment:
+    """Where a piece lies in the packed row: the prompt at [start, start + length), its responses right behind it."""
+
+    start: int
+    length: int
+    responses: tuple[tuple[int, int], ...]  # (start, length) each, contiguous, in order
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Microbatch:
+    """One packed row of T tokens: [prompt | r_1 | ... | r_n] per piece, then padding (its own segment, weight 0).
+
+    N = number of response tokens. Row j of `rows` is the position in [0, T) whose hidden state predicts targets[j].
+    """
+
+    token_ids: IntArray  # [T]
+    positions: IntArray  # [T] rotary positions; every response continues its prompt's positions
+    token_weight: FloatArray  # [T] how often the token would stand in the unshared batch (0 on padding)
+    segments: tuple[Segment, ...]
+    rows: IntArray  # [N]
+    targets: IntArray  # [N]
+    sequence_ids: IntArray  # [N] index of the response within this micro-batch
+    loss_mask: NDArray[np.bool_]  # [N]
+    advantages: FloatArray  # [N]
+    engine_logprobs: FloatArray  # [N]
+    old_logprobs: FloatArray | None  # [N]
+    ref_logprobs: FloatArray | None  # [N]
+    pieces: tuple[Piece, ...]  # which samples the rows belong to, in row order
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Shard:
+    """What one data-parallel rank gets for one pass: its micro-batches, and the denominators of the whole step."""
+
+    microbatches: tuple[Microbatch, ...]
+    num_loss_tokens: int
+    num_sequences: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UpdateReport:
+    """One optimizer step. `metrics` carries verl's names (actor/pg_loss, actor/pg_clipfrac, actor/grad_norm, ...)."""
+
+    loss: float
+    grad_norm: float
+    lr: float
+    skipped: bool  # the optimizer refused the step (non-finite gradients)
+    metrics: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorMeta:
+    """A Hugging Face tensor in the flat weight space."""
+
+    name: str
+    dtype: str  # torch dtype name: "float32", "bfloat16", ...
+    shape: tuple[int, ...]
+    offset: int  # bytes from the start of the weight space, 64-byte aligned
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightPlan:
+    """Which tensor lies where. Computed once from HF names and shapes on both sides; the hashes must agree."""
+
+    tensors: tuple[TensorMeta, ...]
+    buckets: tuple[tuple[int, int], ...]  # [first, last) tensor index of each bucket
+    total_bytes: int
+    hash: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightBucket:
+    """One published bucket: where its bytes are and what they hash to."""
+
+    version: int
+    index: int
+    location: str  # channel's address, e.g. the path of a shared-memory file that holds the whole weight space
+    digests: tuple[int, ...]  # xxh3_64 of each tensor's bytes, in plan order

@@ -1,0 +1,1 @@
+"""Weight exchange: plan, channel, digests, all-or-nothing update, canary."""
