@@ -1,4 +1,4 @@
-"""The interfaces, each the sentence that its caller wants to write. Implementations: trainer/, engine/, cluster/."""
+"""The interfaces, each the sentence that its caller wants to write (built in trainer/, engine/, cluster/)."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ class Trainer(Protocol):
     """One process of an SPMD trainer: every rank calls every method, in the same order."""
 
     def logprobs(self, shard: Shard, policy: Policy, temperature: float) -> list[FloatArray] | None:
-        """One [N] fp32 array per micro-batch, in row order; None on ranks that hold no output (not last PP stage or
-        not TP rank 0)."""
+        """One [N] fp32 array per micro-batch, in row order; None on ranks without output (all but
+        TP rank 0 of the last pipeline stage)."""
 
     def update(self, shard: Shard, algorithm: AlgorithmConfig) -> UpdateReport:
         """One optimizer step over the whole shard. Raises TrainerError on a non-finite loss."""
@@ -56,13 +56,14 @@ class Trainer(Protocol):
 
 
 class Engine(Protocol):
-    """One rollout engine. All methods are coroutines; a failed load poisons the engine until it is restarted or
-    completely re-pushed."""
+    """One rollout engine, all coroutines. A failed load poisons it until it is restarted or re-pushed."""
 
     async def start(self) -> dict[str, Any]:
         """Load the model; returns {"pid", "max_model_len", "vocab_size", "seconds"}."""
 
-    async def generate(self, prompt_ids: Sequence[int], sampling: Sampling, seeds: Sequence[int]) -> list[Completion]:
+    async def generate(
+        self, prompt_ids: Sequence[int], sampling: Sampling, seeds: Sequence[int]
+    ) -> list[Completion]:
         """len(seeds) completions of one prompt, one per seed, in that order."""
 
     async def score(self, sequences: Sequence[Sequence[int]]) -> list[FloatArray]:
@@ -95,7 +96,9 @@ class RewardFn(Protocol):
 class TrainerGroup(Protocol):
     """The driver's view of all trainer ranks: plans, cuts, fans out, joins."""
 
-    def logprobs(self, batch: Batch, policy: Policy = "actor", temperature: float | None = None) -> list[list[FloatArray]]:
+    def logprobs(
+        self, batch: Batch, policy: Policy = "actor", temperature: float | None = None
+    ) -> list[list[FloatArray]]:
         """result[g][i]: [R] fp32 of trajectory i of group g."""
 
     def update(self, part: Batch, algorithm: AlgorithmConfig) -> UpdateReport: ...
@@ -113,7 +116,9 @@ class TrainerGroup(Protocol):
 
 
 class EngineFleet(Protocol):
-    async def generate(self, prompt_ids: Sequence[int], sampling: Sampling, seeds: Sequence[int]) -> list[Completion]: ...
+    async def generate(
+        self, prompt_ids: Sequence[int], sampling: Sampling, seeds: Sequence[int]
+    ) -> list[Completion]: ...
 
     def score(self, sequences: Sequence[Sequence[int]]) -> list[list[FloatArray]]:
         """result[e][i]: engine e's log-probabilities of sequence i."""

@@ -1,7 +1,7 @@
 """Values that flow between the parts: frozen, closed, plain numpy; shapes and dtypes stand at each field.
 
-Arrays are numpy, not torch, because every value here crosses a process border (Ray passes numpy without a copy) and
-the driver must not need a device. Nothing here has behaviour beyond deriving one value from another.
+Arrays are numpy, not torch, because every value here crosses a process border (Ray passes numpy uncopied)
+and the driver must not need a device. Nothing here does more than derive one value from another.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
@@ -66,7 +67,7 @@ class Sampling:
 class Completion:
     token_ids: IntArray  # [R] int32, the stop token included when one was sampled
     text: str  # decoded once, special tokens stripped
-    logprobs: FloatArray  # [R] fp32, engine's, of the distribution actually sampled from (after temperature and top-p)
+    logprobs: FloatArray  # [R] fp32, engine's, of the distribution sampled from (after temperature, top-p)
     finish: Finish
     versions: tuple[VersionSpan, ...]
     routed_experts: NDArray[np.int16] | None = None  # [P + R - 1, L, K] expert ids per token and MoE layer
@@ -127,7 +128,7 @@ class TrainGroup:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Batch:
-    """The data of one or more optimizer steps; `num_loss_tokens` is THE denominator of the token-level loss."""
+    """Data of one or more optimizer steps; `num_loss_tokens` is THE denominator of a token-level loss."""
 
     groups: tuple[TrainGroup, ...]
     num_loss_tokens: int  # sum of all loss masks
@@ -143,11 +144,11 @@ class Batch:
         )
 
     def split(self, parts: int) -> tuple[Batch, ...]:
-        """Cut by prompt into `parts` optimizer steps of nearly equal group counts; each has its own denominators."""
+        """Cut by prompt into `parts` optimizer steps of nearly equal size, each with its own denominators."""
         if not 1 <= parts <= len(self.groups):
             raise ValueError(f"cannot cut {len(self.groups)} groups into {parts} optimizer steps")
         edges = [round(i * len(self.groups) / parts) for i in range(parts + 1)]
-        return tuple(Batch.of(self.groups[a:b]) for a, b in zip(edges[:-1], edges[1:], strict=True))
+        return tuple(Batch.of(self.groups[a:b]) for a, b in pairwise(edges))
 
     def with_logprobs(
         self, name: Literal["old_logprobs", "ref_logprobs"], values: Sequence[Sequence[FloatArray]]
@@ -158,7 +159,9 @@ class Batch:
             filled = []
             for trajectory, logprobs in zip(group.trajectories, per_group, strict=True):
                 if logprobs.shape != trajectory.token_ids.shape:
-                    raise ValueError(f"{name} of {group.prompt_id}: {logprobs.shape} for {trajectory.token_ids.shape}")
+                    raise ValueError(
+                        f"{name} of {group.prompt_id}: {logprobs.shape} for {trajectory.token_ids.shape}"
+                    )
                 filled.append(
                     dataclasses.replace(trajectory, old_logprobs=logprobs)
                     if name == "old_logprobs"
@@ -179,7 +182,7 @@ class Piece:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepPlan:
     """slots[m][d]: the pieces of micro-batch m on data-parallel rank d. Every rank has the same number of
-    micro-batches, every sample is placed exactly once; a slot may be empty (it then runs one padding token)."""
+    micro-batches, every sample is placed exactly once; an empty slot runs one padding token."""
 
     slots: tuple[tuple[tuple[Piece, ...], ...], ...]
 
@@ -190,7 +193,7 @@ class StepPlan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Segment:
-    """Where a piece lies in the packed row: the prompt at [start, start + length), its responses right behind it."""
+    """Where a piece lies in the packed row: prompt at [start, start + length), its responses right behind."""
 
     start: int
     length: int
@@ -199,9 +202,9 @@ class Segment:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Microbatch:
-    """One packed row of T tokens: [prompt | r_1 | ... | r_n] per piece, then padding (its own segment, weight 0).
+    """One packed row of T tokens: [prompt | r_1 | ... | r_n] per piece, then padding (own segment, weight 0).
 
-    N = number of response tokens. Row j of `rows` is the position in [0, T) whose hidden state predicts targets[j].
+    N = number of response tokens. rows[j] is the position in [0, T) whose hidden state predicts targets[j].
     """
 
     token_ids: IntArray  # [T]
@@ -221,7 +224,7 @@ class Microbatch:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Shard:
-    """What one data-parallel rank gets for one pass: its micro-batches, and the denominators of the whole step."""
+    """What one data-parallel rank gets for one pass: micro-batches, and the whole step's denominators."""
 
     microbatches: tuple[Microbatch, ...]
     num_loss_tokens: int
@@ -230,7 +233,7 @@ class Shard:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UpdateReport:
-    """One optimizer step. `metrics` carries verl's names (actor/pg_loss, actor/pg_clipfrac, actor/grad_norm, ...)."""
+    """One optimizer step. `metrics` carries verl's names (actor/pg_loss, actor/pg_clipfrac, ...)."""
 
     loss: float
     grad_norm: float
@@ -252,7 +255,7 @@ class TensorMeta:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightPlan:
-    """Which tensor lies where. Computed once from HF names and shapes on both sides; the hashes must agree."""
+    """Which tensor lies where. Computed once from HF names and shapes on both sides; hashes must agree."""
 
     tensors: tuple[TensorMeta, ...]
     buckets: tuple[tuple[int, int], ...]  # [first, last) tensor index of each bucket
@@ -266,5 +269,7 @@ class WeightBucket:
 
     version: int
     index: int
-    location: str  # channel's address, e.g. the path of a shared-memory file that holds the whole weight space
+    location: (
+        str  # channel's address, e.g. the path of a shared-memory file that holds the whole weight space
+    )
     digests: tuple[int, ...]  # xxh3_64 of each tensor's bytes, in plan order

@@ -1,6 +1,6 @@
-"""The configuration tree: frozen pydantic models, unknown keys refused. Leaf names are verl's where verl has one.
+"""The configuration tree: frozen pydantic models, unknown keys refused; verl's leaf names where it has one.
 
-docs/config.md is generated from the field descriptions here; relations between sections are checked in check.py.
+docs/config.md is generated from the descriptions here; relations between sections are checked in check.py.
 """
 
 from __future__ import annotations
@@ -17,35 +17,52 @@ class Section(BaseModel):
 
 
 class RunConfig(Section):
-    name: str = Field("run", pattern=r"^[A-Za-z0-9._-]+$", description="Name of the run folder under `run.dir`.")
+    name: str = Field(
+        "run", pattern=r"^[A-Za-z0-9._-]+$", description="Name of the run folder under `run.dir`."
+    )
     dir: str = Field("runs", description="Folder that holds run folders.")
     seed: int = Field(0, ge=0, description="Seed of data order, sampling and initialisation.")
-    schema_version: int = Field(SCHEMA_VERSION, description="Version of this schema; an older run folder is refused.")
-    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Level of the log files.")
+    schema_version: int = Field(
+        SCHEMA_VERSION, description="Version of this schema; an older run folder is refused."
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="Level of the log files."
+    )
 
 
 class ModelSection(Section):
     path: str = Field(description="Local Hugging Face folder (Qwen3, Qwen3-MoE or Llama family).")
-    dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="Parameter dtype of trainer and engine.")
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "bfloat16", description="Parameter dtype of trainer and engine."
+    )
     trust_remote_code: bool = Field(False, description="Let transformers run code from the model folder.")
     chat_template: str | None = Field(None, description="Jinja file that replaces the model's chat template.")
     system_prompt: str | None = Field(None, description="Put before prompts that have no system message.")
     enable_thinking: bool | None = Field(None, description="Passed to the chat template when set.")
-    max_model_len: int | None = Field(None, ge=2, description="Engine context length; default: longest prompt + response.")
+    max_model_len: int | None = Field(
+        None, ge=2, description="Engine context length; default: longest prompt + response."
+    )
 
 
 class DataConfig(Section):
     train: tuple[str, ...] = Field(description="Training files: verl parquet or slime jsonl.")
     val: tuple[str, ...] = Field((), description="Validation files: every choice is made on these.")
-    test: tuple[str, ...] = Field((), description="Held-out files, read once, at the end (and before training).")
+    test: tuple[str, ...] = Field(
+        (), description="Held-out files, read once, at the end (and before training)."
+    )
     prompt_key: str = Field("prompt", description="Column that holds the messages (or a plain string).")
     label_key: str = Field("label", description="Ground-truth column of slime jsonl rows.")
     max_prompt_length: int = Field(1024, ge=1, description="Longest prompt in tokens.")
-    max_response_length: int = Field(1024, ge=1, description="Longest response in tokens, stop token included.")
-    truncation: Literal["error", "drop"] = Field("error", description="A longer prompt: stop, or drop it and count it.")
+    max_response_length: int = Field(
+        1024, ge=1, description="Longest response in tokens, stop token included."
+    )
+    truncation: Literal["error", "drop"] = Field(
+        "error", description="A longer prompt: stop, or drop it and count it."
+    )
     shuffle: bool = Field(True, description="Shuffle every epoch by seed.")
     balance_key: str | None = Field(
-        None, description="`reference` or a key of extra_info: each batch draws its values in turn (label balance)."
+        None,
+        description="`reference` or a key of extra_info: batches draw its values in turn (label balance).",
     )
 
 
@@ -56,7 +73,9 @@ class RewardBase(Section):
 
 class ExactReward(RewardBase):
     family: Literal["exact"] = "exact"
-    extract: Literal["none", "tag", "last_line", "box"] = Field("none", description="Where the answer stands.")
+    extract: Literal["none", "tag", "last_line", "box"] = Field(
+        "none", description="Where the answer stands."
+    )
     tag: str = Field("answer", description="Tag name for extract=tag.")
     ignore_case: bool = Field(True, description="Fold case.")
     strip_punctuation: bool = Field(True, description="Drop ASCII and full-width punctuation at both ends.")
@@ -66,7 +85,9 @@ class ExactReward(RewardBase):
 class CustomReward(RewardBase):
     family: Literal["custom"] = "custom"
     path: str = Field(description="Python file of the user.")
-    name: str = Field("compute_score", description="compute_score(data_source, solution_str, ground_truth, extra_info).")
+    name: str = Field(
+        "compute_score", description="compute_score(data_source, solution_str, ground_truth, extra_info)."
+    )
 
 
 RewardConfig = Annotated[ExactReward | CustomReward, Field(discriminator="family")]
@@ -79,13 +100,17 @@ class ClipRange(Section):
 
 class DapoLoss(ClipRange):
     type: Literal["dapo"] = "dapo"
-    clip_ratio_c: float | None = Field(None, gt=1, description="Dual clip for negative advantages; off when null.")
+    clip_ratio_c: float | None = Field(
+        None, gt=1, description="Dual clip for negative advantages; off when null."
+    )
 
 
 class GrpoLoss(ClipRange):
     type: Literal["grpo"] = "grpo"
     clip_ratio_high: float = Field(0.2, ge=0, description="Upper clip range.")
-    clip_ratio_c: float | None = Field(None, gt=1, description="Dual clip for negative advantages; off when null.")
+    clip_ratio_c: float | None = Field(
+        None, gt=1, description="Dual clip for negative advantages; off when null."
+    )
 
 
 class DrGrpoLoss(ClipRange):
@@ -117,14 +142,20 @@ LossConfig = Annotated[
 
 class FilterGroups(Section):
     enable: bool = Field(True, description="Dynamic sampling: replace groups that teach nothing.")
-    eps: float = Field(1e-6, ge=0, description="A group is informative iff its raw rewards spread by more than this.")
+    eps: float = Field(
+        1e-6, ge=0, description="A group is informative iff its raw rewards spread by more than this."
+    )
     max_num_gen_batches: int = Field(10, ge=1, description="Generation rounds per step before giving up.")
-    on_exhausted: Literal["error", "short"] = Field("short", description="After the cap: stop, or train on what there is.")
+    on_exhausted: Literal["error", "short"] = Field(
+        "short", description="After the cap: stop, or train on what there is."
+    )
 
 
 class OverlongBuffer(Section):
     enable: bool = Field(False, description="Soft overlong punishment.")
-    len: int = Field(0, ge=0, description="Tokens before max_response_length in which the penalty grows from 0 to 1.")
+    len: int = Field(
+        0, ge=0, description="Tokens before max_response_length in which the penalty grows from 0 to 1."
+    )
     penalty_factor: float = Field(1.0, ge=0, description="Penalty at max_response_length.")
 
 
@@ -132,7 +163,9 @@ class ImportanceConfig(Section):
     """Correction of trainer/engine mismatch: w = pi_old(trainer) / pi(engine)."""
 
     level: Literal["off", "token", "sequence"] = Field("off", description="Where the weight is computed.")
-    mode: Literal["truncate", "mask"] = Field("truncate", description="truncate: min(w, cap). mask: drop where w > cap.")
+    mode: Literal["truncate", "mask"] = Field(
+        "truncate", description="truncate: min(w, cap). mask: drop where w > cap."
+    )
     cap: float = Field(2.0, gt=0, description="Cap C of the weight.")
 
 
@@ -142,7 +175,9 @@ class KlConfig(Section):
 
 
 class AlgorithmConfig(Section):
-    adv_estimator: Literal["grpo", "dr_grpo"] = Field("grpo", description="grpo: (r - mean) / std; dr_grpo: r - mean.")
+    adv_estimator: Literal["grpo", "dr_grpo"] = Field(
+        "grpo", description="grpo: (r - mean) / std; dr_grpo: r - mean."
+    )
     loss: LossConfig = DapoLoss()
     filter_groups: FilterGroups = FilterGroups()
     overlong_buffer: OverlongBuffer = OverlongBuffer()
@@ -159,7 +194,9 @@ class VllmEngine(Section):
     type: Literal["vllm"] = "vllm"
     in_process: bool = Field(False, description="One process instead of AsyncLLM's three (fast tests).")
     enforce_eager: bool = Field(True, description="No CUDA graphs / torch.compile.")
-    block_size: int | None = Field(None, ge=8, description="KV block; 32 lets short prompts share prefixes on CPU.")
+    block_size: int | None = Field(
+        None, ge=8, description="KV block; 32 lets short prompts share prefixes on CPU."
+    )
     kv_cache_mb: int | None = Field(None, ge=8, description="KV cache size on CPU.")
     max_num_seqs: int = Field(256, ge=1, description="Sequences decoded at once.")
     num_threads: int = Field(1, ge=1, description="CPU threads of the engine.")
@@ -174,7 +211,9 @@ class RolloutConfig(Section):
     replicas: int = Field(1, ge=1, description="Engines.")
     tensor_model_parallel_size: int = Field(1, ge=1, description="Ranks of one engine.")
     gpu_memory_utilization: float = Field(0.7, gt=0, le=1, description="Share of GPU memory for one engine.")
-    max_failed_share: float = Field(0.05, ge=0, le=1, description="Share of rollouts whose reward may fail per step.")
+    max_failed_share: float = Field(
+        0.05, ge=0, le=1, description="Share of rollouts whose reward may fail per step."
+    )
 
 
 class ParallelConfig(Section):
@@ -188,7 +227,9 @@ class OptimConfig(Section):
     lr: float = Field(1e-6, gt=0, description="Peak learning rate.")
     min_lr: float = Field(0.0, ge=0, description="Final rate of a decaying schedule.")
     lr_warmup_steps: int = Field(0, ge=0, description="Linear warm-up, in rollout steps.")
-    lr_decay_style: Literal["constant", "linear", "cosine"] = Field("constant", description="Schedule after warm-up.")
+    lr_decay_style: Literal["constant", "linear", "cosine"] = Field(
+        "constant", description="Schedule after warm-up."
+    )
     weight_decay: float = Field(0.1, ge=0, description="AdamW weight decay (none on 1-D parameters).")
     clip_grad: float = Field(1.0, gt=0, description="Global gradient-norm clip.")
     betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW betas.")
@@ -196,7 +237,9 @@ class OptimConfig(Section):
 
 
 class HeadConfig(Section):
-    backend: Literal["reference", "chunked"] = Field("chunked", description="How log-probabilities are computed.")
+    backend: Literal["reference", "chunked"] = Field(
+        "chunked", description="How log-probabilities are computed."
+    )
     chunk_tokens: int = Field(1024, ge=1, description="Rows per chunk of the chunked head.")
 
 
@@ -208,13 +251,17 @@ class TrainerConfig(Section):
     prefix_sharing: bool = Field(True, description="Compute each prompt once for its whole group.")
     head: HeadConfig = HeadConfig()
     num_threads: int = Field(1, ge=1, description="CPU threads per rank.")
-    timeout_s: float = Field(600.0, gt=0, description="Collective timeout; a peer that hangs longer is an error.")
+    timeout_s: float = Field(
+        600.0, gt=0, description="Collective timeout; a peer that hangs longer is an error."
+    )
     determinism_seed: int = Field(1234, ge=0, description="Seed of the model-parallel RNG tracker.")
 
 
 class CanaryConfig(Section):
     every: int = Field(1, ge=0, description="Check every n-th update; 0: off.")
-    tolerance: float = Field(1e-4, gt=0, description="Largest |trainer - engine| log-probability on the fixed prompts.")
+    tolerance: float = Field(
+        1e-4, gt=0, description="Largest |trainer - engine| log-probability on the fixed prompts."
+    )
     prompts: int = Field(4, ge=1, description="Fixed prompts.")
     length: int = Field(32, ge=2, description="Tokens per fixed prompt.")
 
@@ -222,7 +269,9 @@ class CanaryConfig(Section):
 class WeightsConfig(Section):
     channel: Literal["shm"] = Field("shm", description="How weights reach the engines.")
     bucket_bytes: int = Field(64 * 2**20, ge=1024, description="Bytes per bucket.")
-    dir: str | None = Field(None, description="Folder of the channel; default /dev/shm, REDONE_SHM_DIR overrides.")
+    dir: str | None = Field(
+        None, description="Folder of the channel; default /dev/shm, REDONE_SHM_DIR overrides."
+    )
     canary: CanaryConfig = CanaryConfig()
 
 
@@ -243,7 +292,9 @@ class EvaluateConfig(Section):
     before_train: bool = Field(True, description="Validate (and test) before step 1.")
     sampling: EvalSampling = EvalSampling()
     max_items: int | None = Field(None, ge=1, description="Validate on the first n items only.")
-    keep_best: bool = Field(True, description="Keep and finally use the checkpoint with the best validation score.")
+    keep_best: bool = Field(
+        True, description="Keep and finally use the checkpoint with the best validation score."
+    )
     early_stop: EarlyStop = EarlyStop()
     baselines: tuple[Literal["constant", "label_logprob"], ...] = Field(
         (), description="Baselines of the untrained model on the test files (classification tasks)."
@@ -251,7 +302,9 @@ class EvaluateConfig(Section):
 
 
 class RayConfig(Section):
-    temp_dir: str | None = Field(None, description="Short folder for Ray's sockets; default: a new one under /tmp.")
+    temp_dir: str | None = Field(
+        None, description="Short folder for Ray's sockets; default: a new one under /tmp."
+    )
     object_store_mb: int = Field(128, ge=80, description="Ray object store.")
     start_timeout_s: float = Field(300.0, gt=0, description="Longest start of an actor.")
 

@@ -1,0 +1,83 @@
+"""The Ray actors: a process around one Trainer or one Engine, with a log file of its own."""
+
+from __future__ import annotations
+
+import faulthandler
+import logging
+import os
+import socket
+import sys
+from typing import Any
+
+from redone.config.schema import Config
+
+
+def redirect_output(path: str, level: str) -> None:
+    """Everything this process and its children print goes to one file: Python, C++, vLLM's subprocesses."""
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    for target in (1, 2):
+        os.dup2(fd, target)
+    os.close(fd)
+    sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
+    sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
+    faulthandler.enable()
+    logging.basicConfig(
+        level=level.upper(),
+        stream=sys.stderr,
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+        force=True,
+    )
+
+
+class TrainerActor:
+    """One trainer rank. Synchronous: collectives must run in one thread, in program order."""
+
+    def __init__(self, cfg: Config, rank: int, log_path: str) -> None:
+        redirect_output(log_path, cfg.run.log_level)
+        self.cfg, self.rank = cfg, rank
+
+    def prepare(self) -> tuple[str, int]:
+        """Import what start() needs; returns a rendezvous address (used from rank 0)."""
+        import redone.trainer
+
+        redone.trainer.preload(self.cfg)
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            port = probe.getsockname()[1]
+        if self.cfg.cluster.nodes == 1:
+            return "127.0.0.1", port
+        return socket.gethostbyname(socket.gethostname()), port
+
+    def start(self, init_method: str) -> dict[str, Any]:
+        from redone.trainer import build_trainer
+
+        self.trainer = build_trainer(self.cfg, self.rank, self.cfg.cluster.world_size, init_method)
+        return self.trainer.describe()
+
+    def call(self, method: str, *args: Any) -> Any:
+        """One method of redone.api.Trainer."""
+        return getattr(self.trainer, method)(*args)
+
+    def pid(self) -> int:
+        return os.getpid()
+
+
+class EngineActor:
+    """One rollout engine. Asynchronous: many generate() calls are in flight at once."""
+
+    def __init__(self, cfg: Config, index: int, log_path: str) -> None:
+        redirect_output(log_path, cfg.run.log_level)
+        self.cfg, self.index = cfg, index
+
+    async def start(self) -> dict[str, Any]:
+        from redone.engine import build_engine
+
+        self.engine = build_engine(self.cfg, self.index)
+        return await self.engine.start()
+
+    async def call(self, method: str, *args: Any) -> Any:
+        """One method of redone.api.Engine."""
+        return await getattr(self.engine, method)(*args)
+
+    async def pid(self) -> int:
+        return os.getpid()

@@ -1,0 +1,136 @@
+"""Bring up Ray, or join the launcher's, and say where each actor runs and with what environment."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from redone.config.schema import Config
+from redone.errors import RedoneError
+
+log = logging.getLogger(__name__)
+
+DRIVER_ENV = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # keep CUDA_VISIBLE_DEVICES as we set it
+    "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1",
+}
+ACTOR_ENV = {
+    **DRIVER_ENV,
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "PYTHONWARNINGS": "ignore",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Seat:
+    """A place for one actor: its node's bundle, the GPUs it sees, its environment."""
+
+    bundle: int
+    gpus: tuple[int, ...]
+    env: dict[str, str]
+
+
+class RayHost:
+    """A Ray session of our own, or a connection to RAY_ADDRESS. Only what we started is stopped."""
+
+    def __init__(self, cfg: Config) -> None:
+        os.environ.update({k: os.environ.get(k, v) for k, v in DRIVER_ENV.items()})
+        self._owned_dir: str | None = None
+        seats = cfg.cluster.world_size + cfg.rollout.replicas
+        address = os.environ.get("RAY_ADDRESS")
+        if address:
+            ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
+        else:
+            # Ray's unix sockets live below this folder and their paths must stay short.
+            self._owned_dir = cfg.cluster.ray.temp_dir or tempfile.mkdtemp(prefix="rd", dir="/tmp")
+            ray.init(
+                num_cpus=seats + 1,
+                include_dashboard=False,
+                object_store_memory=cfg.cluster.ray.object_store_mb << 20,
+                log_to_driver=False,
+                logging_level=logging.WARNING,
+                _temp_dir=self._owned_dir,
+                _node_ip_address="127.0.0.1",
+            )
+        self.group = self._reserve(cfg)
+
+    def _reserve(self, cfg: Config) -> PlacementGroup:
+        cluster, cuda = cfg.cluster, cfg.cluster.device == "cuda"
+        engines_per_node = -(-cfg.rollout.replicas // cluster.nodes)
+        bundle = {"CPU": float(cluster.gpus_per_node + engines_per_node)}
+        if cuda:
+            bundle["GPU"] = float(cluster.gpus_per_node)
+        group = placement_group(
+            [bundle] * cluster.nodes, strategy="PACK" if cluster.nodes == 1 else "STRICT_SPREAD"
+        )
+        ready, _ = ray.wait([group.ready()], timeout=cluster.ray.start_timeout_s)
+        if not ready:
+            raise RedoneError(
+                f"Ray could not place {cluster.nodes} bundle(s) of {bundle} in "
+                f"{cluster.ray.start_timeout_s:.0f} s; it has {ray.cluster_resources()}. Remedy: "
+                f"cluster.nodes and cluster.gpus_per_node must fit what was allocated."
+            )
+        return group
+
+    def strategy(self, seat: Seat) -> PlacementGroupSchedulingStrategy:
+        return PlacementGroupSchedulingStrategy(
+            placement_group=self.group,
+            placement_group_bundle_index=seat.bundle,
+            placement_group_capture_child_tasks=True,
+        )
+
+    def close(self) -> None:
+        if ray.is_initialized():
+            ray.shutdown()
+        if self._owned_dir:
+            shutil.rmtree(self._owned_dir, ignore_errors=True)
+
+
+def _device_env(cfg: Config, gpus: tuple[int, ...], threads: int) -> dict[str, str]:
+    env = {**ACTOR_ENV, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+    if cfg.cluster.device == "cuda":
+        env["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, gpus))
+        env["CUDA_DEVICE_MAX_CONNECTIONS"] = (
+            "1"  # Megatron's order of communication and compute kernels relies on it
+        )
+    else:
+        # torch.compile costs a C++ build at first use on CPU and gains nothing at these sizes
+        env |= {"TORCH_COMPILE_DISABLE": "1", "CUDA_VISIBLE_DEVICES": ""}
+        if cfg.cluster.nodes == 1:
+            env["GLOO_SOCKET_IFNAME"] = "lo"
+    return env
+
+
+def trainer_seats(cfg: Config) -> list[Seat]:
+    """Rank r sits on node r // gpus_per_node and sees GPU r % gpus_per_node."""
+    per_node = cfg.cluster.gpus_per_node
+    seats = []
+    for rank in range(cfg.cluster.world_size):
+        gpus = (rank % per_node,)
+        seats.append(Seat(rank // per_node, gpus, _device_env(cfg, gpus, cfg.trainer.num_threads)))
+    return seats
+
+
+def engine_seats(cfg: Config, engine_env: dict[str, str]) -> list[Seat]:
+    """Engine e shares the GPUs of trainer ranks [e * tp, (e + 1) * tp): colocation, in turn."""
+    per_node, tp = cfg.cluster.gpus_per_node, cfg.rollout.tensor_model_parallel_size
+    seats = []
+    for index in range(cfg.rollout.replicas):
+        if cfg.cluster.device == "cuda":
+            node, first = divmod(index * tp, per_node)
+            gpus = tuple(range(first, first + tp))
+        else:
+            node, gpus = index % cfg.cluster.nodes, ()
+        env = {**_device_env(cfg, gpus, cfg.rollout.engine.num_threads), **engine_env}
+        seats.append(Seat(node, gpus, env))
+    return seats

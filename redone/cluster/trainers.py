@@ -1,0 +1,124 @@
+"""The driver's view of all trainer ranks: plans the step, cuts it by rank, fans out, joins."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import ray
+
+from redone.api import EngineFleet
+from redone.cluster.remote import Peer, join
+from redone.config.schema import AlgorithmConfig, Config
+from redone.data.pack import build_shards, plan_step, scatter_rows
+from redone.errors import TrainerError
+from redone.types import Batch, FloatArray, Policy, StepPlan, TrainGroup, Trajectory, UpdateReport, WeightPlan
+from redone.weights.sync import canary_sequences, compare_canary
+
+
+class RayTrainerGroup:
+    """redone.api.TrainerGroup over Ray actors. `infos[r]` is what rank r said of itself at start."""
+
+    def __init__(
+        self, cfg: Config, peers: Sequence[Peer], infos: Sequence[dict[str, Any]], location: str
+    ) -> None:
+        self.cfg, self.peers, self.infos, self.location = cfg, peers, infos, location
+        self.dp = int(infos[0]["dp_size"])
+        self.plan: WeightPlan = self._call("weight_plan", cfg.weights.bucket_bytes)[0]
+        vocab = int(infos[0]["vocab_size"])
+        self.canary = canary_sequences(cfg.weights.canary, vocab, cfg.run.seed)
+        self.pushes = 0
+
+    def _call(self, method: str, *args: Any) -> list[Any]:
+        refs = [p.handle.call.remote(method, *args) for p in self.peers]
+        return join(self.peers, refs, method, self.cfg.trainer.timeout_s, TrainerError)
+
+    def _call_sharded(self, method: str, batch: Batch, *args: Any) -> tuple[StepPlan, list[Any]]:
+        trainer = self.cfg.trainer
+        plan = plan_step(batch, self.dp, trainer.max_token_len_per_rank, trainer.prefix_sharing)
+        shards = [ray.put(s) for s in build_shards(batch, plan, pad_multiple=trainer.parallel.tensor)]
+        refs = [
+            p.handle.call.remote(method, shards[int(info["dp_rank"])], *args)
+            for p, info in zip(self.peers, self.infos, strict=True)
+        ]
+        return plan, join(self.peers, refs, method, trainer.timeout_s, TrainerError)
+
+    def logprobs(
+        self, batch: Batch, policy: Policy = "actor", temperature: float | None = None
+    ) -> list[list[FloatArray]]:
+        """result[g][i]: [R] fp32. temperature None: the rollout's."""
+        if temperature is None:
+            temperature = self.cfg.rollout.temperature
+        plan, results = self._call_sharded("logprobs", batch, policy, temperature)
+        by_rank: list[Any] = [None] * self.dp
+        for info, rows in zip(self.infos, results, strict=True):
+            if rows is not None:
+                by_rank[int(info["dp_rank"])] = rows
+        return scatter_rows(batch, plan, by_rank)
+
+    def update(self, part: Batch, algorithm: AlgorithmConfig) -> UpdateReport:
+        _, reports = self._call_sharded("update", part, algorithm)
+        report: UpdateReport = reports[0]
+        if report.skipped:
+            raise TrainerError(
+                f"the optimizer refused a step: non-finite gradients (grad norm {report.grad_norm})"
+            )
+        return report
+
+    def push(self, engines: EngineFleet, version: int) -> dict[str, float]:
+        buckets = next(b for b in self._call("publish", self.location, version) if b is not None)
+        engines.load(self.plan, buckets, version)
+        self.pushes += 1
+        every = self.cfg.weights.canary.every
+        metrics = {"sync/bytes": float(self.plan.total_bytes), "sync/version": float(version)}
+        if every and self.pushes % every == 0:
+            metrics |= self.check_canary(engines, version)
+        return metrics
+
+    def check_canary(self, engines: EngineFleet, version: int) -> dict[str, float]:
+        """Fixed prompts, trainer against every engine. Raises SyncError above weights.canary.tolerance."""
+        ours = [rows[0] for rows in self.logprobs(_as_batch(self.canary), temperature=1.0)]
+        return compare_canary(ours, engines.score(self.canary), self.cfg.weights.canary.tolerance, version)
+
+    @contextmanager
+    def awake(self) -> Iterator[None]:
+        self._call("wake")
+        yield  # no finally: after an error the ranks may hang in a collective, and sleep would wait for them
+        self._call("sleep")
+
+    def save(self, path: str) -> None:
+        self._call("save", path)
+
+    def load(self, path: str) -> None:
+        self._call("load", path)
+
+    def export(self, path: str) -> None:
+        self._call("export", path)
+
+    def close(self) -> None:
+        refs = [p.handle.call.remote("close") for p in self.peers]
+        ray.wait(refs, num_returns=len(refs), timeout=10)
+
+
+def _as_batch(sequences: Sequence[Sequence[int]]) -> Batch:
+    """Score tokens 1.. of each sequence: its first token is the prompt, the rest is the response."""
+    groups = []
+    for i, sequence in enumerate(sequences):
+        response = np.asarray(sequence[1:], np.int32)
+        zeros = np.zeros(len(response), np.float32)
+        trajectory = Trajectory(
+            token_ids=response,
+            loss_mask=np.ones(len(response), np.bool_),
+            advantages=zeros,
+            engine_logprobs=zeros,
+        )
+        groups.append(
+            TrainGroup(
+                prompt_id=f"canary-{i}",
+                prompt_ids=np.asarray(sequence[:1], np.int32),
+                trajectories=(trajectory,),
+            )
+        )
+    return Batch.of(groups)

@@ -1,0 +1,186 @@
+"""Parallel layout arithmetic: what a set of parallel sizes means, and whether it is legal. Imports nothing of ours.
+
+Ranks are ordered as Megatron-core orders them: tensor fastest, then data, then pipeline.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+FAMILIES = ("qwen3", "qwen3_moe", "llama")
+
+
+class ParallelSizes(Protocol):
+    """Anything with these four sizes, for instance config.schema.ParallelConfig."""
+
+    @property
+    def tensor(self) -> int: ...
+    @property
+    def pipeline(self) -> int: ...
+    @property
+    def expert(self) -> int: ...
+    @property
+    def expert_tensor(self) -> int: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelShape:
+    """What the layout, the name table and the planner need to know of a model; read from a Hugging Face config."""
+
+    family: str  # one of FAMILIES
+    num_layers: int
+    hidden: int
+    ffn: int  # of a dense MLP
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int  # rows of the embedding in the model folder
+    max_positions: int
+    rope_theta: float
+    norm_eps: float
+    tied_embeddings: bool
+    qk_norm: bool
+    num_experts: int = 0  # 0: dense
+    experts_per_token: int = 0
+    moe_ffn: int = 0
+    norm_topk_prob: bool = True
+
+    @staticmethod
+    def from_hf(config: Mapping[str, Any]) -> ModelShape:
+        """From the mapping in a model folder's config.json. Raises ValueError on anything we do not reproduce exactly."""
+        family = config.get("model_type")
+        if family not in FAMILIES:
+            raise ValueError(f"model_type={family!r} is not supported; use one of {', '.join(FAMILIES)}")
+        _refuse_unsupported(config)
+        heads, hidden = int(config["num_attention_heads"]), int(config["hidden_size"])
+        rope = config.get("rope_parameters") or {}
+        moe = family == "qwen3_moe"
+        experts = config.get("num_local_experts", config.get("num_experts", 0))
+        return ModelShape(
+            family=family,
+            num_layers=int(config["num_hidden_layers"]),
+            hidden=hidden,
+            ffn=int(config["intermediate_size"]),
+            heads=heads,
+            kv_heads=int(config.get("num_key_value_heads") or heads),
+            head_dim=int(config.get("head_dim") or hidden // heads),
+            vocab=int(config["vocab_size"]),
+            max_positions=int(config["max_position_embeddings"]),
+            rope_theta=float(rope.get("rope_theta", config.get("rope_theta", 10000.0))),
+            norm_eps=float(config["rms_norm_eps"]),
+            tied_embeddings=bool(config.get("tie_word_embeddings", False)),
+            qk_norm=family.startswith("qwen3"),
+            num_experts=int(experts) if moe else 0,
+            experts_per_token=int(config["num_experts_per_tok"]) if moe else 0,
+            moe_ffn=int(config["moe_intermediate_size"]) if moe else 0,
+            norm_topk_prob=bool(config.get("norm_topk_prob", False)) if moe else True,
+        )
+
+
+def _refuse_unsupported(config: Mapping[str, Any]) -> None:
+    """Options of the three families that would silently change the computation."""
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind != "default":
+        raise ValueError(f"rope_type={kind!r} is not supported; only the default rotary embedding is")
+    if config.get("use_sliding_window") or (config.get("sliding_window") and config.get("layer_types")):
+        raise ValueError("sliding-window attention is not supported")
+    for key in ("attention_bias", "mlp_bias"):
+        if config.get(key):
+            raise ValueError(f"{key}=true is not supported")
+    if config.get("hidden_act", "silu") != "silu":
+        raise ValueError(f"hidden_act={config['hidden_act']!r} is not supported; only silu is")
+    if config.get("model_type") == "qwen3_moe" and (
+        config.get("mlp_only_layers") or config.get("decoder_sparse_step", 1) != 1
+    ):
+        raise ValueError(
+            "a mixture of dense and expert layers (mlp_only_layers, decoder_sparse_step) is not supported"
+        )
+
+
+def data_parallel_size(sizes: ParallelSizes, world_size: int) -> int:
+    """Replicas of the dense part."""
+    return world_size // (sizes.tensor * sizes.pipeline)
+
+
+def expert_data_parallel_size(sizes: ParallelSizes, world_size: int) -> int:
+    """Replicas of one expert."""
+    return world_size // (sizes.expert_tensor * sizes.expert * sizes.pipeline)
+
+
+def padded_vocab(vocab: int, tensor: int) -> int:
+    """Embedding rows after padding to a multiple of the tensor parallel size."""
+    return -(-vocab // tensor) * tensor
+
+
+def check_layout(sizes: ParallelSizes, world_size: int, model: ModelShape) -> list[str]:
+    """Every reason why `model` cannot be trained on `world_size` ranks with these sizes; empty when it can.
+
+    Each message names the key, the value and a remedy.
+    """
+    key = "trainer.parallel"
+    errors = _check_world(sizes, world_size)
+    for name, value, what, total in (
+        ("tensor", sizes.tensor, "attention heads", model.heads),
+        ("tensor", sizes.tensor, "key/value heads", model.kv_heads),
+        ("tensor", sizes.tensor, "the MLP width", model.ffn if not model.num_experts else sizes.tensor),
+        ("tensor", sizes.tensor, "the hidden size", model.hidden),
+        ("pipeline", sizes.pipeline, "layers", model.num_layers),
+    ):
+        if total % value:
+            errors.append(f"{key}.{name}={value} does not divide {what} ({total}); use {_divisors(total)}")
+    return errors + (_check_experts(sizes, model) if model.num_experts else _check_dense(sizes))
+
+
+def _check_world(sizes: ParallelSizes, world_size: int) -> list[str]:
+    dense = sizes.tensor * sizes.pipeline
+    if world_size % dense:
+        return [
+            f"trainer.parallel.tensor x pipeline = {sizes.tensor} x {sizes.pipeline} = {dense} does not divide the world"
+            f" size {world_size} (cluster.nodes x cluster.gpus_per_node); use a world size of {dense}, {2 * dense}, ..."
+        ]
+    experts = sizes.expert_tensor * sizes.expert * sizes.pipeline
+    if world_size % experts:
+        return [
+            f"trainer.parallel.expert_tensor x expert x pipeline = {sizes.expert_tensor} x {sizes.expert} x"
+            f" {sizes.pipeline} = {experts} does not divide the world size {world_size}"
+            f" (cluster.nodes x cluster.gpus_per_node); lower trainer.parallel.expert or use {experts}, {2 * experts}, ..."
+        ]
+    return []
+
+
+def _check_dense(sizes: ParallelSizes) -> list[str]:
+    return [
+        f"trainer.parallel.{name}={value} needs a mixture-of-experts model; this model is dense: set it to 1"
+        for name, value in (("expert", sizes.expert), ("expert_tensor", sizes.expert_tensor))
+        if value != 1
+    ]
+
+
+def _check_experts(sizes: ParallelSizes, model: ModelShape) -> list[str]:
+    errors = []
+    if model.num_experts % sizes.expert:
+        errors.append(
+            f"trainer.parallel.expert={sizes.expert} does not divide model.num_experts={model.num_experts};"
+            f" use {_divisors(model.num_experts)}"
+        )
+    if model.moe_ffn % sizes.expert_tensor:
+        errors.append(
+            f"trainer.parallel.expert_tensor={sizes.expert_tensor} does not divide the expert width"
+            f" ({model.moe_ffn}); use {_divisors(model.moe_ffn)}"
+        )
+    if sizes.expert == 1 and sizes.expert_tensor != sizes.tensor:
+        errors.append(
+            f"trainer.parallel.tensor={sizes.tensor} with expert=1 and expert_tensor={sizes.expert_tensor}: Megatron-core"
+            " does not reduce the experts' gradients over the ranks that hold the other part of the sequence, so they"
+            f" would be wrong; set trainer.parallel.expert_tensor={sizes.tensor}, or trainer.parallel.expert > 1"
+        )
+    return errors
+
+
+def _divisors(n: int, limit: int = 8) -> str:
+    """ "1, 2, 4, ..." of n, at most `limit` of them."""
+    found = [d for d in range(1, n + 1) if n % d == 0]
+    return ", ".join(map(str, found[:limit])) + (", ..." if len(found) > limit else "")

@@ -1,0 +1,123 @@
+"""The run folder: config, logs, metrics, checkpoints. A checkpoint is complete or it is not there."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from redone.config.load import dump_config
+from redone.config.schema import Config
+from redone.config.versions import check_run_folder
+from redone.errors import RunFolderError
+
+log = logging.getLogger(__name__)
+
+STREAMS = ("metrics.jsonl", "samples.jsonl", "ledger.jsonl")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DriverState:
+    """What the driver must remember to go on after step `step` as if nothing had happened."""
+
+    step: int
+    stream: dict[str, Any]
+    val_history: tuple[tuple[int, float], ...]  # (step, mean validation score)
+    best_step: int | None
+    stream_bytes: dict[str, int]  # length of each append-only file: what came later is undone on resume
+
+
+class RunFolder:
+    """Layout: config.yaml metrics.jsonl samples.jsonl ledger.jsonl summary.json report.html logs/ evals/
+    checkpoints/step-000010/{trainer/,driver.json} export/"""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+
+    @staticmethod
+    def create(cfg: Config) -> RunFolder:
+        """A new folder `run.dir/run.name`. Raises RunFolderError when it exists."""
+        path = Path(cfg.run.dir) / cfg.run.name
+        if path.exists():
+            raise RunFolderError(
+                f"run folder {path} exists; remedy: --resume {path} to continue it, or another run.name"
+            )
+        try:
+            for part in ("logs", "evals", "checkpoints"):
+                (path / part).mkdir(parents=True)
+            dump_config(cfg, path / "config.yaml")
+        except OSError as error:
+            shutil.rmtree(path, ignore_errors=True)
+            raise RunFolderError(
+                f"cannot write run folder {path}: {error.strerror}; remedy: run.dir=..."
+            ) from None
+        return RunFolder(path)
+
+    @staticmethod
+    def open(path: Path) -> RunFolder:
+        """An existing folder, to resume. Raises RunFolderError when it is none, or of another schema."""
+        check_run_folder(path)
+        return RunFolder(path)
+
+    def steps(self) -> list[int]:
+        """Steps with a complete checkpoint, oldest first."""
+        found = []
+        for entry in self.checkpoints.glob("step-*"):
+            if (entry / "driver.json").is_file():
+                found.append(int(entry.name.removeprefix("step-")))
+        return sorted(found)
+
+    def checkpoint(self, step: int) -> Path:
+        return self.checkpoints / f"step-{step:06d}"
+
+    def save(self, state: DriverState, save_trainer: Callable[[str], None], keep: int) -> Path:
+        """Write trainer and driver state beside the final name, rename, then drop the oldest ones."""
+        final = self.checkpoint(state.step)
+        if final.exists():
+            return final
+        partial = self.checkpoints / f".partial-{state.step:06d}"
+        shutil.rmtree(partial, ignore_errors=True)
+        try:
+            partial.mkdir(parents=True)
+            save_trainer(str(partial / "trainer"))
+            write_json(partial / "driver.json", asdict(state))
+            os.replace(partial, final)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        for old in self.steps()[:-keep]:
+            if old != state.best_step:
+                shutil.rmtree(self.checkpoint(old))
+        return final
+
+    def load_state(self, step: int) -> DriverState:
+        data = json.loads((self.checkpoint(step) / "driver.json").read_text())
+        data["val_history"] = tuple((int(s), float(v)) for s, v in data["val_history"])
+        return DriverState(**data)
+
+    def stream_bytes(self) -> dict[str, int]:
+        return {name: (self.path / name).stat().st_size for name in STREAMS if (self.path / name).exists()}
+
+    def rewind(self, state: DriverState) -> None:
+        """Undo what was appended after the checkpoint: those steps run again."""
+        shutil.rmtree(self.checkpoints / f".partial-{state.step:06d}", ignore_errors=True)
+        for name in STREAMS:
+            path, size = self.path / name, state.stream_bytes.get(name, 0)
+            if path.exists() and path.stat().st_size > size:
+                os.truncate(path, size)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Atomically: a reader sees the old file or the new one."""
+    partial = path.with_name(f".{path.name}.partial")
+    with open(partial, "w", encoding="utf-8") as f:
+        json.dump(value, f, ensure_ascii=False, indent=1)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(partial, path)

@@ -1,0 +1,90 @@
+"""One rollout step of DAPO: generate, build the batch, update, hand the new weights to the engines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+
+from redone.algo.stats import mismatch_metrics
+from redone.api import EngineFleet, TrainerGroup
+from redone.config.schema import Config
+from redone.data.stream import PromptStream
+from redone.reward.pool import RewardPool
+from redone.rollout.build import build_batch
+from redone.rollout.collect import Collected, collect
+from redone.types import Batch, UpdateReport
+
+Phase = Callable[[str], AbstractContextManager[None]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepResult:
+    collected: Collected
+    batch: Batch
+    reports: tuple[UpdateReport, ...]
+    metrics: dict[str, float]
+
+
+def updates_per_batch(cfg: Config, num_groups: int) -> int:
+    """Optimizer updates that one pass over `num_groups` prompts makes."""
+    return max(1, round(num_groups / cfg.algorithm.ppo_mini_batch_size))
+
+
+def rl_step(
+    step: int,
+    stream: PromptStream,
+    trainer: TrainerGroup,
+    engines: EngineFleet,
+    rewards: RewardPool,
+    cfg: Config,
+    phase: Phase,
+) -> StepResult:
+    """Rollout step `step` (1-based): engines hold version step - 1 before it and version step after it.
+
+    `phase(name)` times what runs inside it and tells the user what is going on.
+    """
+    algorithm = cfg.algorithm
+    with engines.awake(), phase("gen"):
+        collected = collect(
+            stream, engines, rewards, cfg, step
+        )  # dynamic sampling: refills groups that teach nothing
+    batch = build_batch(collected.groups, cfg)
+    parts = updates_per_batch(cfg, len(batch.groups))
+    with trainer.awake():
+        # With a single update the policy IS the old policy: the ratio is 1 and the pass would only repeat it.
+        if parts * algorithm.ppo_epochs > 1 or algorithm.importance.level != "off":
+            with phase("old_log_prob"):
+                batch = batch.with_logprobs("old_logprobs", trainer.logprobs(batch))
+        if algorithm.kl.coef > 0:
+            with phase("ref"):
+                batch = batch.with_logprobs("ref_logprobs", trainer.logprobs(batch, policy="reference"))
+        with phase("update_actor"):
+            reports = [
+                trainer.update(part, algorithm)
+                for _ in range(algorithm.ppo_epochs)
+                for part in batch.split(parts)
+            ]
+        with phase("update_weights"), engines.awake("weights"):
+            sync = trainer.push(engines, version=step)  # in place, digest-checked, all engines or none
+    metrics = {**collected.metrics, **mismatch_metrics(batch), **merge_reports(reports), **sync}
+    return StepResult(collected=collected, batch=batch, reports=tuple(reports), metrics=metrics)
+
+
+def merge_reports(reports: list[UpdateReport]) -> dict[str, float]:
+    """Means over the step's optimizer updates; maxima where the name says so."""
+    names = sorted({name for r in reports for name in r.metrics})
+    merged = {}
+    for name in names:
+        values = [r.metrics[name] for r in reports if name in r.metrics]
+        merged[name] = max(values) if name.endswith("_max") else sum(values) / len(values)
+    merged["actor/updates"] = float(len(reports))
+    merged["actor/grad_norm"] = sum(r.grad_norm for r in reports) / len(reports)
+    merged["actor/lr"] = reports[-1].lr
+    return merged
+
+
+@contextmanager
+def silent(name: str) -> Iterator[None]:
+    """A phase that nobody watches."""
+    yield
