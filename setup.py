@@ -1,10 +1,37 @@
 from setuptools import find_packages, setup
 
+# Two engines pin different torch builds: install `vllm` or `sglang`, never both in one environment.
+# The CPU environment is requirements/cpu.lock (`make install`): extras cannot exclude torchvision.
+EXTRAS = {
+    "train": ["megatron-core>=0.16.1,<0.20", "ray[default]>=2.60,<3", "transformers>=5.16.1,<5.20"],
+    "vllm": ["vllm==0.32.0"],
+    "sglang": ["sglang==0.5.23"],
+    "track": ["wandb>=0.20", "mlflow-skinny>=3"],
+    "dev": ["pytest", "hypothesis", "ruff", "mypy", "types-PyYAML"],
+}
+
 setup(
-    packages=find_packages(include=["redone", "redone.*"]) + ["redone_kernels", "redone_launcher"],
+    packages=[*find_packages(include=["redone", "redone.*"]), "redone_kernels", "redone_launcher"],
     package_dir={
         "redone": "redone",
         "redone_kernels": "kernels/redone_kernels",
         "redone_launcher": "launcher/redone_launcher",
     },
+    install_requires=[
+        "torch>=2.13",
+        "numpy",
+        "safetensors",
+        "xxhash",
+        "gguf",
+        "pydantic>=2.10",
+        "omegaconf>=2.3",
+        "pyyaml",
+        "datasets",
+        "pyarrow",
+        "sacrebleu",
+        "rouge-score",
+        "tensorboard",
+        "rich",
+    ],
+    extras_require=EXTRAS,
 )

@@ -36,6 +36,9 @@ class Trainer(Protocol):
     def update(self, shard: Shard, algorithm: AlgorithmConfig) -> UpdateReport:
         """One optimizer step over the whole shard. Raises TrainerError on a non-finite loss."""
 
+    def set_lr_step(self, step: int) -> None:
+        """Rollout step (from 0) whose learning rate the next updates use."""
+
     def weight_plan(self, bucket_bytes: int) -> WeightPlan: ...
 
     def publish(self, location: str, version: int) -> tuple[WeightBucket, ...] | None:
@@ -101,10 +104,14 @@ class TrainerGroup(Protocol):
     ) -> list[list[FloatArray]]:
         """result[g][i]: [R] fp32 of trajectory i of group g."""
 
-    def update(self, part: Batch, algorithm: AlgorithmConfig) -> UpdateReport: ...
+    def update(self, part: Batch, algorithm: AlgorithmConfig, step: int) -> UpdateReport:
+        """One optimizer step of rollout step `step` (1-based), which decides the learning rate."""
 
     def push(self, engines: EngineFleet, version: int) -> dict[str, float]:
         """In place, digest-checked, all engines or none; then the canary. Returns the sync/* metrics."""
+
+    def check_canary(self, engines: EngineFleet, version: int) -> dict[str, float]:
+        """Fixed prompts, trainer against every engine: SyncError above weights.canary.tolerance."""
 
     def awake(self) -> AbstractContextManager[None]: ...
 

@@ -1,6 +1,6 @@
-"""Parallel layout arithmetic: what a set of parallel sizes means, and whether it is legal. Imports nothing of ours.
+"""Parallel layout arithmetic: what a set of parallel sizes means, and whether it is legal.
 
-Ranks are ordered as Megatron-core orders them: tensor fastest, then data, then pipeline.
+Imports nothing of ours. Ranks are ordered as Megatron-core orders them: tensor fastest, data, pipeline.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class ParallelSizes(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelShape:
-    """What the layout, the name table and the planner need to know of a model; read from a Hugging Face config."""
+    """What the layout, the name table and the planner need to know of a model."""
 
     family: str  # one of FAMILIES
     num_layers: int
@@ -49,7 +49,7 @@ class ModelShape:
 
     @staticmethod
     def from_hf(config: Mapping[str, Any]) -> ModelShape:
-        """From the mapping in a model folder's config.json. Raises ValueError on anything we do not reproduce exactly."""
+        """From the mapping in config.json. Raises ValueError on anything that we do not reproduce exactly."""
         family = config.get("model_type")
         if family not in FAMILIES:
             raise ValueError(f"model_type={family!r} is not supported; use one of {', '.join(FAMILIES)}")
@@ -85,7 +85,7 @@ def _refuse_unsupported(config: Mapping[str, Any]) -> None:
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind != "default":
         raise ValueError(f"rope_type={kind!r} is not supported; only the default rotary embedding is")
-    if config.get("use_sliding_window") or (config.get("sliding_window") and config.get("layer_types")):
+    if config.get("use_sliding_window") or set(config.get("layer_types") or ()) - {"full_attention"}:
         raise ValueError("sliding-window attention is not supported")
     for key in ("attention_bias", "mlp_bias"):
         if config.get(key):
@@ -135,18 +135,19 @@ def check_layout(sizes: ParallelSizes, world_size: int, model: ModelShape) -> li
 
 
 def _check_world(sizes: ParallelSizes, world_size: int) -> list[str]:
+    world = f"the world size {world_size} (cluster.nodes x cluster.gpus_per_node)"
     dense = sizes.tensor * sizes.pipeline
     if world_size % dense:
         return [
-            f"trainer.parallel.tensor x pipeline = {sizes.tensor} x {sizes.pipeline} = {dense} does not divide the world"
-            f" size {world_size} (cluster.nodes x cluster.gpus_per_node); use a world size of {dense}, {2 * dense}, ..."
+            f"trainer.parallel.tensor x pipeline = {sizes.tensor} x {sizes.pipeline} = {dense}"
+            f" does not divide {world}; use a world size of {dense}, {2 * dense}, ..."
         ]
     experts = sizes.expert_tensor * sizes.expert * sizes.pipeline
     if world_size % experts:
         return [
-            f"trainer.parallel.expert_tensor x expert x pipeline = {sizes.expert_tensor} x {sizes.expert} x"
-            f" {sizes.pipeline} = {experts} does not divide the world size {world_size}"
-            f" (cluster.nodes x cluster.gpus_per_node); lower trainer.parallel.expert or use {experts}, {2 * experts}, ..."
+            f"trainer.parallel.expert_tensor x expert x pipeline = {sizes.expert_tensor} x {sizes.expert}"
+            f" x {sizes.pipeline} = {experts} does not divide {world}; lower trainer.parallel.expert"
+            f" or use a world size of {experts}, {2 * experts}, ..."
         ]
     return []
 
@@ -173,9 +174,10 @@ def _check_experts(sizes: ParallelSizes, model: ModelShape) -> list[str]:
         )
     if sizes.expert == 1 and sizes.expert_tensor != sizes.tensor:
         errors.append(
-            f"trainer.parallel.tensor={sizes.tensor} with expert=1 and expert_tensor={sizes.expert_tensor}: Megatron-core"
-            " does not reduce the experts' gradients over the ranks that hold the other part of the sequence, so they"
-            f" would be wrong; set trainer.parallel.expert_tensor={sizes.tensor}, or trainer.parallel.expert > 1"
+            f"trainer.parallel.tensor={sizes.tensor} with expert=1 and expert_tensor={sizes.expert_tensor}:"
+            " Megatron-core does not reduce the experts' gradients over the ranks that hold the other part"
+            " of the sequence, so they would be wrong;"
+            f" set trainer.parallel.expert_tensor={sizes.tensor}, or trainer.parallel.expert > 1"
         )
     return errors
 

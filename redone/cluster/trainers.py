@@ -58,7 +58,8 @@ class RayTrainerGroup:
                 by_rank[int(info["dp_rank"])] = rows
         return scatter_rows(batch, plan, by_rank)
 
-    def update(self, part: Batch, algorithm: AlgorithmConfig) -> UpdateReport:
+    def update(self, part: Batch, algorithm: AlgorithmConfig, step: int) -> UpdateReport:
+        self._call("set_lr_step", step - 1)
         _, reports = self._call_sharded("update", part, algorithm)
         report: UpdateReport = reports[0]
         if report.skipped:

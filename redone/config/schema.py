@@ -7,13 +7,15 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 SCHEMA_VERSION = 1
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, protected_namespaces=())
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", validate_default=True, protected_namespaces=(), allow_inf_nan=False
+    )
 
 
 class RunConfig(Section):
@@ -158,6 +160,12 @@ class OverlongBuffer(Section):
     )
     penalty_factor: float = Field(1.0, ge=0, description="Penalty at max_response_length.")
 
+    @model_validator(mode="after")
+    def _has_length(self) -> OverlongBuffer:
+        if self.enable and self.len == 0:
+            raise ValueError("enable=true with len=0 never punishes; set len, or enable=false")
+        return self
+
 
 class ImportanceConfig(Section):
     """Correction of trainer/engine mismatch: w = pi_old(trainer) / pi(engine)."""
@@ -234,6 +242,14 @@ class OptimConfig(Section):
     clip_grad: float = Field(1.0, gt=0, description="Global gradient-norm clip.")
     betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW betas.")
     eps: float = Field(1e-8, gt=0, description="AdamW epsilon.")
+
+    @model_validator(mode="after")
+    def _rates(self) -> OptimConfig:
+        if self.min_lr > self.lr:
+            raise ValueError(f"min_lr={self.min_lr} exceeds lr={self.lr}; lower it")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas={list(self.betas)}; each must be >= 0 and < 1")
+        return self
 
 
 class HeadConfig(Section):

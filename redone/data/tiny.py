@@ -57,7 +57,8 @@ def make_tiny_model(
 
     common: dict[str, object] = dict(
         vocab_size=VOCAB_SIZE, hidden_size=64, intermediate_size=128, num_hidden_layers=4,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=32, rms_norm_eps=1e-6, max_position_embeddings=512,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=32, rms_norm_eps=1e-6,
+        max_position_embeddings=512,
         tie_word_embeddings=False, pad_token_id=0, eos_token_id=1, bos_token_id=None, attention_bias=False,
         rope_parameters={"rope_type": "default", "rope_theta": 1e6},
     )  # fmt: skip

@@ -1,1 +1,54 @@
-"""Rollout engines behind redone.api.Engine: one file per engine."""
+"""Rollout engines behind redone.api.Engine: one file per engine.
+
+Nothing here imports an engine: the driver asks for the environment of a process that does not exist yet.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from redone.config.schema import Config
+
+if TYPE_CHECKING:
+    from redone.api import Engine
+
+
+def engine_env(cfg: Config) -> dict[str, str]:
+    """Environment variables that an engine process needs before torch is imported."""
+    engine = cfg.rollout.engine
+    env = {
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_LOGGING_LEVEL": "INFO" if cfg.run.log_level == "debug" else "WARNING",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0" if engine.in_process else "1",
+        # A forked child would inherit this process's threads and event loop in an unknown state.
+        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    if cfg.cluster.device == "cpu":
+        env |= {
+            # vLLM compiles small helpers with a C++ compiler on first use even in eager mode (30 s).
+            "TORCH_COMPILE_DISABLE": "1",
+            # Binding would pin every engine on the machine to the same first cores.
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "OMP_NUM_THREADS": str(engine.num_threads),
+            "OMP_WAIT_POLICY": "PASSIVE",
+        }
+    return env
+
+
+def build_engine(cfg: Config, index: int) -> Engine:
+    """The engine that cfg.rollout.engine names, not started.
+
+    Args:
+        index: number of this replica; it appears in errors.
+    """
+    # vLLM reads its variables while it is imported; what the process was started with wins.
+    for key, value in engine_env(cfg).items():
+        os.environ.setdefault(key, value)
+    match cfg.rollout.engine.type:
+        case "vllm":
+            from redone.engine.vllm import make_engine
+
+            return make_engine(cfg, index)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 from redone.algo.stats import mismatch_metrics
@@ -38,6 +38,7 @@ def rl_step(
     engines: EngineFleet,
     rewards: RewardPool,
     cfg: Config,
+    stop_token_ids: Sequence[int],
     phase: Phase,
 ) -> StepResult:
     """Rollout step `step` (1-based): engines hold version step - 1 before it and version step after it.
@@ -46,9 +47,8 @@ def rl_step(
     """
     algorithm = cfg.algorithm
     with engines.awake(), phase("gen"):
-        collected = collect(
-            stream, engines, rewards, cfg, step
-        )  # dynamic sampling: refills groups that teach nothing
+        # dynamic sampling: groups that teach nothing are replaced
+        collected = collect(stream, engines, rewards, cfg, step, stop_token_ids)
     batch = build_batch(collected.groups, cfg)
     parts = updates_per_batch(cfg, len(batch.groups))
     with trainer.awake():
@@ -61,14 +61,20 @@ def rl_step(
                 batch = batch.with_logprobs("ref_logprobs", trainer.logprobs(batch, policy="reference"))
         with phase("update_actor"):
             reports = [
-                trainer.update(part, algorithm)
+                trainer.update(part, algorithm, step)
                 for _ in range(algorithm.ppo_epochs)
                 for part in batch.split(parts)
             ]
         with phase("update_weights"), engines.awake("weights"):
             sync = trainer.push(engines, version=step)  # in place, digest-checked, all engines or none
     metrics = {**collected.metrics, **mismatch_metrics(batch), **merge_reports(reports), **sync}
+    metrics["perf/total_num_tokens"] = float(num_tokens(batch))
     return StepResult(collected=collected, batch=batch, reports=tuple(reports), metrics=metrics)
+
+
+def num_tokens(batch: Batch) -> int:
+    """Prompt and response tokens of every sample, as if nothing were shared: what verl counts."""
+    return sum(len(g.prompt_ids) + len(t.token_ids) for g in batch.groups for t in g.trajectories)
 
 
 def merge_reports(reports: list[UpdateReport]) -> dict[str, float]:
@@ -82,9 +88,3 @@ def merge_reports(reports: list[UpdateReport]) -> dict[str, float]:
     merged["actor/grad_norm"] = sum(r.grad_norm for r in reports) / len(reports)
     merged["actor/lr"] = reports[-1].lr
     return merged
-
-
-@contextmanager
-def silent(name: str) -> Iterator[None]:
-    """A phase that nobody watches."""
-    yield

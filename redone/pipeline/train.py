@@ -13,7 +13,7 @@ from redone.config.schema import Config
 from redone.data.ledger import Ledger
 from redone.data.stream import PromptStream
 from redone.errors import RedoneError
-from redone.evaluate.runner import Evaluation, evaluate
+from redone.evaluate.runner import Evaluation, evaluate, read_evaluation, sampling_of
 from redone.pipeline.folder import DriverState, RunFolder
 from redone.pipeline.step import StepResult, rl_step
 from redone.reward.pool import RewardPool
@@ -48,40 +48,16 @@ class RlRun:
     stream: PromptStream
     val: Sequence[Prompt]
     test: Sequence[Prompt]
+    stop_token_ids: tuple[int, ...]
     ledger: Ledger
     observer: Observer
     val_history: list[tuple[int, float]] = field(default_factory=list)
     best_step: int | None = None
+    last_step: int = 0
+    notes: list[str] = field(default_factory=list)
 
-    def run(self, resume: DriverState | None) -> tuple[Evaluation | None, Evaluation | None]:
-        """Train to algorithm.total_steps. Returns the test evaluations before and after, if any."""
-        first, before = self._begin(resume)
-        last = self.cfg.algorithm.total_steps
-        for step in range(first, last + 1):
-            result = rl_step(
-                step, self.stream, self.trainer, self.engines, self.rewards, self.cfg, self.observer.phase
-            )
-            self._account(step, result)
-            metrics = {**result.metrics, **self._validate(step, last)}
-            stop = self._stalled()
-            self._save(step, last=step == last or stop)
-            self.observer.step(step, metrics)
-            if stop:
-                self.observer.note(f"early stop at step {step}: validation has not improved")
-                break
-        after = self._finish(step if first <= last else last)
-        return before, after
-
-    def _begin(self, resume: DriverState | None) -> tuple[int, Evaluation | None]:
-        """Parity gate, then the state before the first step. Returns that step and the base evaluation."""
-        if resume is not None:
-            with self.observer.phase("load"):
-                self.trainer.load(str(self.folder.checkpoint(resume.step) / "trainer"))
-                self.stream.load_state_dict(resume.stream)
-                self.trainer.push(self.engines, version=resume.step)
-            self.val_history = list(resume.val_history)
-            self.best_step = resume.best_step
-            return resume.step + 1, self.stored_evaluation("test-before")
+    def begin(self) -> Evaluation | None:
+        """The parity gate, then the untrained model's evaluations: returns that of the test items."""
         with self.observer.phase("parity"):
             parity = self.trainer.check_canary(self.engines, version=0)
         metrics = {f"parity/{name.split('/')[-1]}": value for name, value in parity.items()}
@@ -90,7 +66,45 @@ class RlRun:
             before = self._test("test-before")
             metrics |= self._validate(0, last=0)
         self.observer.step(0, metrics)
-        return 1, before
+        return before
+
+    def go_on(self, state: DriverState) -> Evaluation | None:
+        """Load a checkpoint, bring the engines to it; returns the stored evaluation of the untrained model."""
+        with self.observer.phase("load"):
+            self.trainer.load(str(self.folder.checkpoint(state.step) / "trainer"))
+            self.stream.load_state_dict(state.stream)
+            self.trainer.push(self.engines, version=state.step)
+        self.val_history = list(state.val_history)
+        self.best_step = state.best_step
+        self.last_step = state.step
+        return self.stored_evaluation("test-before")
+
+    def loop(self) -> None:
+        """Steps from where the run stands to algorithm.total_steps, or to an early stop."""
+        last = self.cfg.algorithm.total_steps
+        for step in range(self.last_step + 1, last + 1):
+            result = rl_step(
+                step,
+                self.stream,
+                self.trainer,
+                self.engines,
+                self.rewards,
+                self.cfg,
+                self.stop_token_ids,
+                self.observer.phase,
+            )
+            self._account(step, result)
+            self.observer.step(step, {**result.metrics, **self._validate(step, last)})
+            self.last_step = step
+            stop = self._stalled()
+            self._save(step, last=step == last or stop)
+            if stop:
+                self._note(f"early stop at step {step}: validation has not improved since {self.best_step}")
+                break
+
+    def _note(self, message: str) -> None:
+        self.notes.append(message)
+        self.observer.note(message)
 
     def _account(self, step: int, result: StepResult) -> None:
         trained = {group.prompt_id for group in result.batch.groups}
@@ -110,10 +124,10 @@ class RlRun:
             return {}
         with self.engines.awake(), self.observer.phase("testing"):
             result = self._evaluate(f"val-{step:06d}", self.val)
-        self.val_history.append((step, result.mean))
-        if result.mean >= max(score for _, score in self.val_history):
+        self.val_history.append((step, result.mean_score))
+        if result.mean_score >= max(score for _, score in self.val_history):
             self.best_step = step
-        return result.metrics("val-core")
+        return validation_metrics(result, self.cfg.evaluate.sampling.n)
 
     def _test(self, name: str) -> Evaluation | None:
         if not self.test:
@@ -122,13 +136,23 @@ class RlRun:
             return self._evaluate(name, self.test)
 
     def _evaluate(self, name: str, prompts: Sequence[Prompt]) -> Evaluation:
-        result = evaluate(prompts, self.engines, self.rewards, self.cfg, name=name)
-        result.save(self.folder.path / "evals")
+        wanted = self.cfg.evaluate.sampling
+        sampling = sampling_of(wanted, self.cfg.data.max_response_length, self.stop_token_ids)
+        result = evaluate(
+            prompts,
+            self.engines,
+            self.rewards,
+            sampling,
+            n=wanted.n,
+            seed=self.cfg.run.seed,
+            meta={"name": name},
+        )
+        result.write(self.folder.path / "evals", name)
         return result
 
     def stored_evaluation(self, name: str) -> Evaluation | None:
         path = self.folder.path / "evals" / f"{name}.jsonl"
-        return Evaluation.load(path) if path.exists() else None
+        return read_evaluation(path) if path.exists() else None
 
     def _stalled(self) -> bool:
         stop = self.cfg.evaluate.early_stop
@@ -152,18 +176,22 @@ class RlRun:
             state = replace(state, stream_bytes=self.folder.stream_bytes())
             try:
                 self.folder.save(state, self.trainer.save, self.cfg.checkpoint.keep)
-            except OSError as error:
+            except (OSError, RedoneError) as error:
                 raise RedoneError(
-                    f"cannot save step {step} in {self.folder.checkpoints}: {error.strerror}; the last good "
+                    f"cannot save step {step} in {self.folder.checkpoints}: {error}; the last good "
                     f"checkpoint is step {max(self.folder.steps(), default=0)}. Remedy: free space, then "
                     f"--resume {self.folder.path}"
                 ) from None
 
-    def _finish(self, last: int) -> Evaluation | None:
+    def finish(self) -> Evaluation | None:
         """Go to the best checkpoint, read the test set, export."""
-        best = self.best_step if self.cfg.evaluate.keep_best and self.best_step else last
+        last, best = self.last_step, self.last_step
+        if self.cfg.evaluate.keep_best and self.best_step == 0:
+            self._note("no validation was better than the untrained model's: the last model is used")
+        elif self.cfg.evaluate.keep_best and self.best_step is not None:
+            best = self.best_step
         if best != last:
-            self.observer.note(f"validation was best at step {best}: that model is used")
+            self._note(f"validation was best at step {best}: that model is used")
             self.trainer.load(str(self.folder.checkpoint(best) / "trainer"))
             self.trainer.push(self.engines, version=last + 1)
         after = self._test("test-after")
@@ -171,3 +199,16 @@ class RlRun:
             with self.observer.phase("export"):
                 self.trainer.export(str(self.folder.path / "export"))
         return after
+
+
+def validation_metrics(result: Evaluation, n: int) -> dict[str, float]:
+    """verl's names: val-core/<task>/acc/mean@<n> and what helps to read it."""
+    metrics = {"val-core/mean_score": result.mean_score}
+    for task in result.tasks():
+        summary = result.summary(task)
+        metrics[f"val-core/{task}/acc/mean@{n}"] = summary.accuracy
+        metrics[f"val-core/{task}/reward/mean@{n}"] = summary.mean_score
+        metrics[f"val-aux/{task}/format_errors"] = summary.format_errors
+        metrics[f"val-aux/{task}/common_share"] = summary.common_share
+        metrics[f"val-aux/{task}/acc_low"], metrics[f"val-aux/{task}/acc_high"] = summary.interval
+    return metrics

@@ -1,1 +1,1 @@
-"""What the user sees and keeps: metrics, samples, report."""
+"""What a run leaves behind and what the user sees of it: metrics, timings, samples, summary, report."""

@@ -1,0 +1,91 @@
+# make quickstart | test | test-full | gpu-check | lint | install | lock | clean    (see docs/install.md)
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= $(shell for p in python3.11 python3.12 python3; do \
+	"$$p" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && echo "$$p" && break; done)
+VENV ?= .venv
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+LOCK := requirements/cpu.lock
+TORCH := $(shell grep '^torch==' $(LOCK))
+# PyTorch's public CPU wheels: used where pip does not find a torch+cpu build by itself.
+TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
+
+# Start-up is import-bound: bytecode must be kept, whatever the machine's habit. One thread per process on few cores.
+export PYTHONDONTWRITEBYTECODE :=
+export OMP_NUM_THREADS ?= 1
+export OMP_WAIT_POLICY ?= PASSIVE
+export TORCH_COMPILE_DISABLE ?= 1
+export HF_HUB_OFFLINE ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+export RAY_USAGE_STATS_ENABLED ?= 0
+export VLLM_NO_USAGE_STATS ?= 1
+
+PYTEST = $(PY) -m pytest
+TYPED = redone/types.py redone/api.py redone/errors.py redone/config redone/algo redone/data redone/reward redone/weights
+
+.PHONY: help install quickstart test test-full gpu-check lint lock clean
+
+help:
+	@echo "make quickstart  install, prepare model and data, train SmolLM2 on real tweets (CPU), print the result"
+	@echo "make test        install, lint, and the test suite          make test-full   the long must-shows (after make test)"
+	@echo "make gpu-check   kernels on a CUDA device (system python)   make lint        ruff and mypy"
+	@echo "make install     only .venv                                 make clean       remove .venv and caches"
+
+install: $(STAMP)
+
+$(STAMP): $(LOCK) setup.py pyproject.toml
+	@if [ -z "$(PYTHON)" ]; then echo "Python 3.11 or 3.12 is needed (make PYTHON=/path/to/python3.11)" >&2; exit 1; fi
+	@echo "install: $(PYTHON) -> $(VENV)"
+	rm -rf $(VENV)
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check uv
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps $(TORCH) \
+		|| $(PY) -m pip install --disable-pip-version-check --no-deps --index-url $(TORCH_CPU_INDEX) $(TORCH)
+	grep -v '^torch==' $(LOCK) > $(VENV)/rest.lock
+	$(VENV)/bin/uv pip install --quiet --python $(PY) --no-deps -r $(VENV)/rest.lock \
+		|| $(PY) -m pip install --disable-pip-version-check --no-deps -r $(VENV)/rest.lock
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	$(PY) -m redone_launcher.warm
+	touch $@
+
+quickstart: install
+	$(VENV)/bin/redone data prepare --dest assets
+	$(VENV)/bin/redone run configs/quickstart/smollm2.yaml
+
+test: lint
+	$(PYTEST) -m "not slow and not gpu and not sglang"
+
+test-full: lint
+	$(PYTEST) -m "slow and not gpu and not sglang"
+
+lint: install
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(PY) -m mypy $(TYPED)
+
+# Needs no .venv: any python3 with torch, triton and pytest on a machine with a CUDA device.
+GPU_PYTHON ?= python3
+gpu-check:
+	@$(GPU_PYTHON) -c 'import importlib.util as u, sys; m = [n for n in ("torch", "triton", "pytest") if u.find_spec(n) is None]; \
+	sys.exit(m and "gpu-check: " + sys.executable + " lacks " + ", ".join(m) or 0)'
+	@$(GPU_PYTHON) -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else "gpu-check: torch sees no CUDA device")'
+	PYTHONPATH=.:kernels $(GPU_PYTHON) -m pytest tests/gpu -m gpu -q
+	for b in benchmarks/kernels/bench_*.py; do if [ -e "$$b" ]; then PYTHONPATH=.:kernels $(GPU_PYTHON) "$$b"; fi; done
+
+# Rewrites the pins. LOCK_FLAGS: e.g. --upgrade, or --find-links FOLDER where a folder holds the torch+cpu wheel.
+LOCK_FLAGS ?= --extra-index-url $(TORCH_CPU_INDEX) --index-strategy unsafe-best-match
+COMPILE = $(VENV)/bin/uv pip compile --quiet --no-annotate --no-header --no-emit-find-links --no-emit-index-url
+lock: install
+	$(COMPILE) requirements/cpu.in --override requirements/overrides-cpu.txt --python-version 3.11 $(LOCK_FLAGS) \
+		-o requirements/cpu.lock
+	$(COMPILE) requirements/cuda-vllm.in --python-version 3.12 --python-platform x86_64-manylinux_2_28 \
+		-o requirements/cuda-vllm.txt
+	$(COMPILE) requirements/cuda-sglang.in --python-version 3.12 --python-platform x86_64-manylinux_2_34 \
+		-o requirements/cuda-sglang.txt
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache .cache .hypothesis
+	find redone kernels launcher tests -name __pycache__ -type d -prune -exec rm -rf {} +

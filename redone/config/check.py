@@ -1,0 +1,215 @@
+"""Relations between sections, and between the configuration and the model: everything that can be known to
+be wrong
+before a process is started."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from redone.config.load import format_problems
+from redone.config.schema import Config, CustomReward, DrGrpoLoss, SftLoss
+from redone.errors import ConfigError
+from redone.layout import ModelShape, check_layout
+
+WEIGHT_PATTERNS = ("*.safetensors", "pytorch_model*.bin")
+_PREPARE = "run `redone data prepare` or set model.path to a Hugging Face folder"
+
+
+def read_model_config(path: str | Path) -> dict[str, Any]:
+    """config.json of a Hugging Face folder. Raises ConfigError when the folder, the file or the weights are
+    missing."""
+    folder = Path(path)
+    if not folder.is_dir():
+        raise ConfigError(f"model.path={path}: no such folder; {_PREPARE}")
+    file = folder / "config.json"
+    if not file.is_file():
+        raise ConfigError(f"model.path={path}: it has no config.json; {_PREPARE}")
+    if not any(next(folder.glob(pattern), None) for pattern in WEIGHT_PATTERNS):
+        raise ConfigError(f"model.path={path}: it has no weights (*.safetensors); {_PREPARE}")
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{file} is not valid JSON ({error}); {_PREPARE}") from error
+    if not isinstance(found, dict):
+        raise ConfigError(f"{file} does not hold a JSON object; {_PREPARE}")
+    return found
+
+
+def check_config(cfg: Config, model_config: Mapping[str, Any] | None = None) -> tuple[str, ...]:
+    """Returns warnings (legal, but probably not meant).
+
+    `model_config` is config.json of the model; without it, relations to the model are not checked.
+    Raises ConfigError: one message that lists every problem.
+    """
+    problems = [*_batch(cfg), *_lengths(cfg, model_config), *_algorithm(cfg), *_evaluation(cfg), *_files(cfg)]
+    problems += [*_engines(cfg), *_layout(cfg, model_config)]
+    if problems:
+        raise ConfigError(format_problems("configuration", problems))
+    return tuple(_warnings(cfg))
+
+
+def _batch(cfg: Config) -> Iterator[str]:
+    a = cfg.algorithm
+    if a.ppo_mini_batch_size > a.train_batch_size:
+        yield (
+            f"algorithm.ppo_mini_batch_size={a.ppo_mini_batch_size} exceeds "
+            f"algorithm.train_batch_size={a.train_batch_size}; lower it to {a.train_batch_size} (one update "
+            "per batch)"
+        )
+    elif a.train_batch_size % a.ppo_mini_batch_size:
+        divisors = [d for d in range(1, a.train_batch_size + 1) if a.train_batch_size % d == 0]
+        nearest = min(divisors, key=lambda d: abs(d - a.ppo_mini_batch_size))
+        yield (
+            f"algorithm.train_batch_size={a.train_batch_size} is not a multiple of "
+            f"algorithm.ppo_mini_batch_size={a.ppo_mini_batch_size}; use {nearest}"
+        )
+    if cfg.rollout.n < 2 and not isinstance(a.loss, SftLoss):
+        yield f"rollout.n={cfg.rollout.n}: a group's advantage compares its responses; use 2 or more"
+
+
+def _lengths(cfg: Config, model_config: Mapping[str, Any] | None) -> Iterator[str]:
+    d, longest = cfg.data, cfg.data.max_prompt_length + cfg.data.max_response_length
+    lengths = f"data.max_prompt_length + data.max_response_length = {longest}"
+    budget = cfg.trainer.max_token_len_per_rank
+    if longest > budget:
+        yield f"{lengths} exceeds trainer.max_token_len_per_rank={budget}; raise it to {longest} or more"
+    engine_limit = cfg.model.max_model_len
+    if engine_limit is not None and longest > engine_limit:
+        yield f"{lengths} exceeds model.max_model_len={engine_limit}; raise it or shorten the data"
+    model_limit = (model_config or {}).get("max_position_embeddings")
+    if model_limit is not None:
+        if longest > model_limit:
+            yield f"{lengths} exceeds the model's max_position_embeddings={model_limit}; shorten one of them"
+        if engine_limit is not None and engine_limit > model_limit:
+            yield (
+                f"model.max_model_len={engine_limit} exceeds the model's "
+                f"max_position_embeddings={model_limit}"
+            )
+    limit = engine_limit or longest
+    if cfg.weights.canary.every and cfg.weights.canary.length > limit:
+        yield (
+            f"weights.canary.length={cfg.weights.canary.length} exceeds the engine's limit {limit}; lower it"
+        )
+    wanted = cfg.evaluate.sampling.max_tokens
+    if wanted is not None and d.max_prompt_length + wanted > limit:
+        yield (
+            f"data.max_prompt_length + evaluate.sampling.max_tokens = {d.max_prompt_length + wanted} "
+            "exceeds the "
+            f"engine's limit {limit}; raise model.max_model_len or lower evaluate.sampling.max_tokens"
+        )
+    if (overlong := cfg.algorithm.overlong_buffer).enable and overlong.len > d.max_response_length:
+        yield (
+            f"algorithm.overlong_buffer.len={overlong.len} exceeds "
+            f"data.max_response_length={d.max_response_length}; use a part of it"
+        )
+
+
+def _algorithm(cfg: Config) -> Iterator[str]:
+    a = cfg.algorithm
+    if isinstance(a.loss, SftLoss):
+        for key, value, off in (
+            ("algorithm.kl.coef", a.kl.coef, 0.0),
+            ("algorithm.entropy_coeff", a.entropy_coeff, 0.0),
+            ("algorithm.importance.level", a.importance.level, "off"),
+        ):
+            if value != off:
+                yield f"{key}={value} has no meaning with algorithm.loss.type=sft; set it to {off}"
+    o = cfg.trainer.optim
+    if o.lr_warmup_steps >= a.total_steps and o.lr_warmup_steps > 0:
+        yield (
+            f"trainer.optim.lr_warmup_steps={o.lr_warmup_steps} leaves no step of algorithm.total_steps="
+            f"{a.total_steps} at full rate; lower it"
+        )
+
+
+def _evaluation(cfg: Config) -> Iterator[str]:
+    e = cfg.evaluate
+    if e.keep_best and not cfg.data.val:
+        yield "evaluate.keep_best=true needs validation files; set data.val, or evaluate.keep_best=false"
+    if e.every and not cfg.data.val:
+        yield f"evaluate.every={e.every} needs validation files; set data.val, or evaluate.every=0"
+    if e.early_stop.enable and not e.every:
+        yield "evaluate.early_stop.enable=true needs validations during training; set evaluate.every"
+    if e.baselines and not cfg.data.test:
+        yield f"evaluate.baselines={list(e.baselines)} needs held-out files; set data.test"
+    if e.sampling.n > 1 and e.sampling.temperature == 0:
+        yield f"evaluate.sampling.n={e.sampling.n} greedy samples would be equal; use n=1 or a temperature"
+
+
+def _files(cfg: Config) -> Iterator[str]:
+    if not cfg.rewards:
+        yield "rewards is empty; add one per task, or `default: {family: exact}`"
+    for name, reward in cfg.rewards.items():
+        if isinstance(reward, CustomReward) and not Path(reward.path).is_file():
+            yield (
+                f"rewards.{name}.path={reward.path}: no such file (paths are relative to the working "
+                "directory)"
+            )
+    template = cfg.model.chat_template
+    if template is not None and not Path(template).is_file():
+        yield f"model.chat_template={template}: no such file; give a Jinja file"
+
+
+def _engines(cfg: Config) -> Iterator[str]:
+    r, c = cfg.rollout, cfg.cluster
+    tensor = r.tensor_model_parallel_size
+    if r.engine.in_process and tensor > 1:
+        yield (
+            f"rollout.tensor_model_parallel_size={tensor} with rollout.engine.in_process=true; use 1, or "
+            "false"
+        )
+    if c.device != "cuda":
+        return
+    if c.gpus_per_node % tensor:
+        yield (
+            f"rollout.tensor_model_parallel_size={tensor} does not divide "
+            f"cluster.gpus_per_node={c.gpus_per_node}; "
+            "an engine lives on one node"
+        )
+    if r.replicas * tensor > c.world_size:
+        yield (
+            f"rollout.replicas * rollout.tensor_model_parallel_size = {r.replicas * tensor} exceeds the "
+            f"{c.world_size} GPUs of cluster.nodes * cluster.gpus_per_node; lower one of them"
+        )
+
+
+def _layout(cfg: Config, model_config: Mapping[str, Any] | None) -> Iterator[str]:
+    p, world = cfg.trainer.parallel, cfg.cluster.world_size
+    if model_config is not None:
+        try:
+            shape = ModelShape.from_hf(model_config)
+        except (KeyError, ValueError) as error:
+            reason = f"config.json lacks {error}" if isinstance(error, KeyError) else str(error)
+            yield f"model.path={cfg.model.path}: {reason}"
+            return
+        yield from check_layout(p, world, shape)
+    elif world % (p.tensor * p.pipeline):
+        yield (
+            f"trainer.parallel.tensor={p.tensor} * trainer.parallel.pipeline={p.pipeline} does not divide "
+            f"the {world} "
+            "ranks of cluster.nodes * cluster.gpus_per_node"
+        )
+
+
+def _warnings(cfg: Config) -> Iterator[str]:
+    a, r, e = cfg.algorithm, cfg.rollout, cfg.evaluate
+    if r.top_p < 1 or r.top_k > 0:
+        yield (
+            f"rollout.top_p={r.top_p}, rollout.top_k={r.top_k}: the engine samples from a cut distribution "
+            "that the "
+            "trainer does not model, so importance weights and the mismatch metrics are biased; use "
+            "top_p=1, top_k=-1"
+        )
+    if isinstance(a.loss, DrGrpoLoss) and a.adv_estimator != "dr_grpo":
+        yield (
+            "algorithm.loss.type=dr_grpo with algorithm.adv_estimator=grpo: Dr. GRPO uses "
+            "adv_estimator=dr_grpo"
+        )
+    if e.every > a.total_steps:
+        yield (
+            f"evaluate.every={e.every} exceeds algorithm.total_steps={a.total_steps}: validation only at "
+            "the end"
+        )

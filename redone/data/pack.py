@@ -1,0 +1,227 @@
+"""Plan an optimizer step and pack its micro-batches. Pure numpy: the driver runs it, the ranks obey.
+
+The unit is a piece: samples of one group that share a copy of their prompt; it costs P + sum(R) tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from redone.errors import TrainerError
+from redone.types import (
+    Batch,
+    FloatArray,
+    IntArray,
+    Microbatch,
+    Piece,
+    Segment,
+    Shard,
+    StepPlan,
+    TrainGroup,
+    Trajectory,
+)
+
+
+def plan_step(batch: Batch, dp: int, max_tokens: int, prefix_sharing: bool) -> StepPlan:
+    """Place every sample exactly once, at most `max_tokens` tokens per micro-batch (padding not counted).
+
+    With `prefix_sharing` a group stays together as far as the budget allows; without it every sample
+    carries its own prompt. Micro-batches that run at the same time on different ranks have nearly equal
+    token counts. Deterministic. Raises TrainerError when one prompt and response alone exceed the budget.
+    """
+    pieces = _cut_groups(batch, max_tokens, prefix_sharing)
+    pieces = _split_until(batch, pieces, dp)
+    costs = [_cost(batch, p) for p in pieces]
+    order = sorted(range(len(pieces)), key=lambda i: (-costs[i], i))
+    count = -(-max(1, -(-sum(costs) // max_tokens)) // dp) * dp
+    while (bins := _fill(order, costs, count, max_tokens)) is None:
+        count += dp
+    bins.sort(key=lambda b: (-sum(costs[i] for i in b), b))
+    slots = []
+    for m in range(0, count, dp):
+        row = bins[m : m + dp]
+        # Alternate the direction, so that no rank always gets the largest micro-batch of its row.
+        row = row[::-1] if (m // dp) % 2 else row
+        slots.append(tuple(tuple(pieces[i] for i in sorted(b)) for b in row))
+    return StepPlan(slots=tuple(slots))
+
+
+def _cost(batch: Batch, piece: Piece) -> int:
+    group = batch.groups[piece.group]
+    return len(group.prompt_ids) + sum(len(group.trajectories[i].token_ids) for i in piece.samples)
+
+
+def _cut_groups(batch: Batch, max_tokens: int, prefix_sharing: bool) -> list[Piece]:
+    """One piece per group, or as many balanced ones as the token budget asks for; samples by length."""
+    pieces = []
+    for g, group in enumerate(batch.groups):
+        prompt = len(group.prompt_ids)
+        lengths = [len(t.token_ids) for t in group.trajectories]
+        longest = max(lengths, default=0)
+        if prompt + longest > max_tokens:
+            raise TrainerError(
+                f"trainer.max_token_len_per_rank={max_tokens} is less than prompt + response of"
+                f" {group.prompt_id} ({prompt} + {longest} tokens); raise it to at least {prompt + longest}"
+            )
+        order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+        parts = 1 if prefix_sharing else len(order)
+        while (bins := _fill(order, lengths, parts, max_tokens - prompt)) is None:
+            parts += 1
+        pieces += [Piece(group=g, samples=tuple(b)) for b in bins if b]
+    return pieces
+
+
+def _split_until(batch: Batch, pieces: list[Piece], dp: int) -> list[Piece]:
+    """Halve the largest pieces until every rank has something to do (or every piece is a single sample)."""
+    pieces = list(pieces)
+    while len(pieces) < dp:
+        divisible = [i for i, p in enumerate(pieces) if len(p.samples) > 1]
+        if not divisible:
+            break
+        i = max(divisible, key=lambda i: (_cost(batch, pieces[i]), -i))
+        piece = pieces.pop(i)
+        pieces += [Piece(group=piece.group, samples=piece.samples[k::2]) for k in (0, 1)]
+    return pieces
+
+
+def _fill(order: Sequence[int], costs: Sequence[int], count: int, cap: int) -> list[list[int]] | None:
+    """Longest first into the emptiest of `count` bins; None when one overflows `cap`."""
+    bins: list[list[int]] = [[] for _ in range(count)]
+    loads = [0] * count
+    for i in order:
+        b = loads.index(min(loads))
+        if loads[b] + costs[i] > cap:
+            return None
+        bins[b].append(i)
+        loads[b] += costs[i]
+    return bins
+
+
+def build_shards(batch: Batch, plan: StepPlan, pad_multiple: int) -> list[Shard]:
+    """shards[d]: the micro-batches of data-parallel rank d, rows padded to a multiple of `pad_multiple`."""
+    dp = len(plan.slots[0])
+    return [
+        Shard(
+            microbatches=tuple(pack(batch, row[d], pad_multiple) for row in plan.slots),
+            num_loss_tokens=batch.num_loss_tokens,
+            num_sequences=batch.num_sequences,
+        )
+        for d in range(dp)
+    ]
+
+
+def pack(batch: Batch, pieces: Sequence[Piece], pad_multiple: int) -> Microbatch:
+    """One row: [prompt | r_1 | ... | r_n] per piece, then padding. No pieces: a row of padding only."""
+    samples = [(batch.groups[p.group], p) for p in pieces]
+    segments, start = [], 0
+    ids: list[IntArray] = []
+    positions: list[IntArray] = []
+    weights: list[FloatArray] = []
+    rows: list[IntArray] = []
+    for group, piece in samples:
+        segment, start = _append_piece(group, piece, start, ids, positions, weights, rows)
+        segments.append(segment)
+    padding = -start % pad_multiple if start else pad_multiple
+    if padding:
+        segments.append(Segment(start=start, length=padding, responses=()))
+        ids.append(np.zeros(padding, np.int32))
+        positions.append(np.arange(padding, dtype=np.int32))
+        weights.append(np.zeros(padding, np.float32))
+    trajectories = [group.trajectories[i] for group, piece in samples for i in piece.samples]
+    lengths = [len(t.token_ids) for t in trajectories]
+    return Microbatch(
+        token_ids=np.concatenate(ids),
+        positions=np.concatenate(positions),
+        token_weight=np.concatenate(weights),
+        segments=tuple(segments),
+        rows=_join(rows, np.int32),
+        targets=_join([t.token_ids for t in trajectories], np.int32),
+        sequence_ids=np.repeat(np.arange(len(lengths), dtype=np.int32), lengths),
+        loss_mask=_join([t.loss_mask for t in trajectories], np.bool_),
+        advantages=_join([t.advantages for t in trajectories], np.float32),
+        engine_logprobs=_join([t.engine_logprobs for t in trajectories], np.float32),
+        old_logprobs=_optional(trajectories, lambda t: t.old_logprobs),
+        ref_logprobs=_optional(trajectories, lambda t: t.ref_logprobs),
+        pieces=tuple(pieces),
+    )
+
+
+def _append_piece(
+    group: TrainGroup,
+    piece: Piece,
+    start: int,
+    ids: list[IntArray],
+    positions: list[IntArray],
+    weights: list[FloatArray],
+    rows: list[IntArray],
+) -> tuple[Segment, int]:
+    """Append one piece at `start`; returns its segment and where the next piece starts.
+
+    The first token of every response is predicted by the prompt's last row, token j > 0 by the
+    response's row j - 1.
+    """
+    prompt = len(group.prompt_ids)
+    ids.append(group.prompt_ids)
+    positions.append(np.arange(prompt, dtype=np.int32))
+    weights.append(np.full(prompt, len(piece.samples), np.float32))
+    at, responses = start + prompt, []
+    for i in piece.samples:
+        tokens = group.trajectories[i].token_ids
+        ids.append(tokens)
+        positions.append(np.arange(prompt, prompt + len(tokens), dtype=np.int32))
+        weights.append(np.ones(len(tokens), np.float32))
+        row = np.arange(at - 1, at + len(tokens) - 1, dtype=np.int32)
+        row[:1] = start + prompt - 1
+        rows.append(row)
+        responses.append((at, len(tokens)))
+        at += len(tokens)
+    return Segment(start=start, length=prompt, responses=tuple(responses)), at
+
+
+def _join(arrays: Sequence[NDArray[Any]], dtype: type[np.generic]) -> NDArray[Any]:
+    return np.concatenate(arrays).astype(dtype, copy=False) if arrays else np.zeros(0, dtype)
+
+
+def _optional(
+    trajectories: Sequence[Trajectory], get: Callable[[Trajectory], FloatArray | None]
+) -> FloatArray | None:
+    """Concatenated field, or None when no trajectory has it. Some with and some without is a bug upstream."""
+    values = [get(t) for t in trajectories]
+    present = [v for v in values if v is not None]
+    if not present:
+        return None
+    if len(present) != len(values):
+        raise TrainerError(
+            f"{len(values) - len(present)} of {len(values)} trajectories lack log-probabilities"
+        )
+    return _join(present, np.float32)
+
+
+def scatter_rows(
+    batch: Batch, plan: StepPlan, rows: Sequence[Sequence[FloatArray]]
+) -> list[list[FloatArray]]:
+    """rows[d][m]: [N] of micro-batch m on rank d -> result[g][i]: [R] of trajectory i of group g."""
+    result: list[list[FloatArray | None]] = [[None] * len(g.trajectories) for g in batch.groups]
+    for m, slot in enumerate(plan.slots):
+        for d, pieces in enumerate(slot):
+            values, at = rows[d][m], 0
+            for piece in pieces:
+                for i in piece.samples:
+                    length = len(batch.groups[piece.group].trajectories[i].token_ids)
+                    result[piece.group][i] = values[at : at + length]
+                    at += length
+            if at != len(values):
+                raise TrainerError(
+                    f"rank {d} returned {len(values)} rows for micro-batch {m}; the plan has {at}"
+                )
+    return [[_placed(v) for v in group] for group in result]
+
+
+def _placed(value: FloatArray | None) -> FloatArray:
+    if value is None:
+        raise TrainerError("a trajectory was not placed by the step plan")
+    return value

@@ -1,0 +1,61 @@
+"""Groups of scored rollouts -> the batch that the trainer gets."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from redone.algo.advantage import group_advantages, overlong_penalty
+from redone.config.schema import Config
+from redone.errors import RedoneError
+from redone.types import Batch, Group, Rollout, TrainGroup, Trajectory
+
+
+def build_batch(groups: Sequence[Group], cfg: Config) -> Batch:
+    """Advantages of the shaped rewards, every response token in the loss (the stop token included).
+
+    With algorithm.filter_groups.enable, groups whose raw rewards do not differ are left out. Raises
+    RedoneError when nothing is left.
+    """
+    filtering = cfg.algorithm.filter_groups
+    kept = [group for group in groups if not filtering.enable or group.informative(filtering.eps)]
+    if not kept:
+        raise RedoneError(
+            f"none of {len(groups)} groups can train the model: each one's responses all got the same "
+            "reward. Remedy: look at the rollouts; raise rollout.n or "
+            "algorithm.filter_groups.max_num_gen_batches, or choose tasks that the model sometimes solves"
+        )
+    return Batch.of([_train_group(group, cfg) for group in kept])
+
+
+def shaped_value(rollout: Rollout, cfg: Config) -> float:
+    """The reward that the advantage sees: scaled, plus the soft overlong punishment."""
+    length = len(rollout.completion.token_ids)
+    penalty = overlong_penalty(length, cfg.data.max_response_length, cfg.algorithm.overlong_buffer)
+    return rollout.score.value + penalty
+
+
+def _train_group(group: Group, cfg: Config) -> TrainGroup:
+    values = [shaped_value(rollout, cfg) for rollout in group.rollouts]
+    advantages = group_advantages(values, cfg.algorithm.adv_estimator)
+    return TrainGroup(
+        prompt_id=group.prompt.id,
+        prompt_ids=group.prompt.token_ids,
+        trajectories=tuple(
+            _trajectory(rollout, float(advantage))
+            for rollout, advantage in zip(group.rollouts, advantages, strict=True)
+        ),
+    )
+
+
+def _trajectory(rollout: Rollout, advantage: float) -> Trajectory:
+    completion = rollout.completion
+    length = len(completion.token_ids)
+    return Trajectory(
+        token_ids=np.asarray(completion.token_ids, dtype=np.int32),
+        loss_mask=np.ones(length, dtype=np.bool_),
+        advantages=np.full(length, advantage, dtype=np.float32),
+        engine_logprobs=np.asarray(completion.logprobs, dtype=np.float32),
+        version=min((span.version for span in completion.versions), default=0),
+    )

@@ -1,0 +1,203 @@
+"""Generate and score until the step has enough groups that teach something (DAPO's dynamic sampling).
+
+The result depends on the completions only, never on the order in which they arrive.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from redone.algo.select import refill_count, select_groups
+from redone.api import EngineFleet
+from redone.config.schema import Config
+from redone.data.stream import PromptStream, sampling_seed
+from redone.errors import EngineError, RedoneError
+from redone.reward.pool import RewardPool
+from redone.rollout.metrics import rollout_metrics
+from redone.types import Completion, Group, Prompt, Rollout, Sampling, Score
+
+log = logging.getLogger(__name__)
+
+MIN_GROUP = 2  # a single response has nothing to be compared with
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Drop:
+    """A drawn prompt that is not trained on, for the ledger."""
+
+    epoch: int
+    prompt_id: str
+    reason: str  # "uninformative" | "surplus" | "rollouts failed"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Collected:
+    groups: tuple[Group, ...]  # in draw order
+    drops: tuple[Drop, ...]
+    metrics: dict[str, float]
+
+
+@dataclass(slots=True)
+class Tally:
+    """What happened so far in this step, rounds in order."""
+
+    groups: list[Group] = field(default_factory=list)
+    drops: list[Drop] = field(default_factory=list)
+    lost: Counter[str] = field(default_factory=Counter)  # rollouts dropped, by reason
+    rollouts: int = 0
+    drawn: int = 0
+    rounds: int = 0
+    first_failure: str = ""
+
+
+def collect(
+    stream: PromptStream,
+    engines: EngineFleet,
+    rewards: RewardPool,
+    cfg: Config,
+    step: int,
+    stop_token_ids: Sequence[int] = (),
+) -> Collected:
+    """Groups for rollout step `step`: the first train_batch_size informative ones in draw order.
+
+    Without algorithm.filter_groups.enable, all groups of one round. Raises RedoneError when the share of
+    failed scores exceeds rollout.max_failed_share, or when filter_groups.max_num_gen_batches rounds were
+    not enough and on_exhausted=error. Errors of engines propagate.
+    """
+    return asyncio.run(_collect(stream, engines, rewards, cfg, step, tuple(stop_token_ids)))
+
+
+async def _collect(
+    stream: PromptStream,
+    engines: EngineFleet,
+    rewards: RewardPool,
+    cfg: Config,
+    step: int,
+    stop_token_ids: tuple[int, ...],
+) -> Collected:
+    filtering = cfg.algorithm.filter_groups
+    wanted = cfg.algorithm.train_batch_size
+    sampling = Sampling(
+        temperature=cfg.rollout.temperature,
+        top_p=cfg.rollout.top_p,
+        top_k=cfg.rollout.top_k,
+        max_tokens=cfg.data.max_response_length,
+        stop_token_ids=stop_token_ids,
+    )
+    tally = Tally()
+    count = wanted
+    while count > 0:
+        drawn = stream.take(count)
+        # gather, not TaskGroup: an engine's error must reach the user as itself, not as an ExceptionGroup
+        results = await asyncio.gather(
+            *(_run_prompt(epoch, prompt, engines, rewards, sampling, cfg) for epoch, prompt in drawn)
+        )
+        _add_round(tally, drawn, results)
+        _check_failures(tally, cfg, step)
+        if not filtering.enable or tally.rounds == filtering.max_num_gen_batches:
+            break
+        informative = sum(group.informative(filtering.eps) for group in tally.groups)
+        count = refill_count(wanted, informative, tally.drawn)
+    return _result(tally, cfg, step)
+
+
+async def _run_prompt(
+    epoch: int, prompt: Prompt, engines: EngineFleet, rewards: RewardPool, sampling: Sampling, cfg: Config
+) -> list[tuple[Completion, Score | None]]:
+    """The n completions of one prompt and their scores (None: aborted, not scored)."""
+    seeds = [sampling_seed(cfg.run.seed, epoch, prompt.id, index) for index in range(cfg.rollout.n)]
+    completions = await engines.generate(prompt.token_ids.tolist(), sampling, seeds)
+    if len(completions) != len(seeds):
+        raise EngineError(f"the engine returned {len(completions)} completions for {len(seeds)} seeds")
+
+    async def score(completion: Completion) -> Score | None:
+        if completion.finish == "abort" or len(completion.token_ids) == 0:
+            return None
+        if len(completion.logprobs) != len(completion.token_ids):
+            raise EngineError(
+                f"the engine returned {len(completion.logprobs)} log-probabilities for "
+                f"{len(completion.token_ids)} tokens"
+            )
+        return await rewards.score(prompt, completion)
+
+    scores = await asyncio.gather(*(score(completion) for completion in completions))
+    return list(zip(completions, scores, strict=True))
+
+
+def _add_round(
+    tally: Tally,
+    drawn: Sequence[tuple[int, Prompt]],
+    results: Sequence[Sequence[tuple[Completion, Score | None]]],
+) -> None:
+    """Book one round, in draw order: usable rollouts into groups, everything else into the counters."""
+    tally.rounds += 1
+    tally.drawn += len(drawn)
+    for (epoch, prompt), scored in zip(drawn, results, strict=True):
+        rollouts = []
+        for completion, score in scored:
+            tally.rollouts += 1
+            if score is None:
+                tally.lost["aborted"] += 1
+            elif score.status != "ok":
+                tally.lost["failed"] += 1
+                tally.first_failure = tally.first_failure or f"{score.status}: {score.detail}"
+            else:
+                rollouts.append(Rollout(prompt=prompt, completion=completion, score=score))
+        if len(rollouts) < MIN_GROUP:
+            tally.drops.append(Drop(epoch=epoch, prompt_id=prompt.id, reason="rollouts failed"))
+        else:
+            tally.groups.append(Group(prompt=prompt, epoch=epoch, rollouts=tuple(rollouts)))
+
+
+def _check_failures(tally: Tally, cfg: Config, step: int) -> None:
+    share = tally.lost["failed"] / max(1, tally.rollouts)
+    if share > cfg.rollout.max_failed_share:
+        raise RedoneError(
+            f"step {step}: the reward failed on {tally.lost['failed']} of {tally.rollouts} rollouts, over "
+            f"rollout.max_failed_share={cfg.rollout.max_failed_share}; first failure: {tally.first_failure}. "
+            "Remedy: mend the reward (its traceback is in the log), or raise the limit"
+        )
+
+
+def _result(tally: Tally, cfg: Config, step: int) -> Collected:
+    filtering = cfg.algorithm.filter_groups
+    wanted = cfg.algorithm.train_batch_size
+    selection = select_groups(tally.groups, wanted, filtering.eps)
+    kept = tuple(tally.groups)
+    drops = list(tally.drops)
+    if filtering.enable:
+        kept = selection.kept
+        drops += [_drop(group, "uninformative") for group in selection.uninformative]
+        drops += [_drop(group, "surplus") for group in selection.surplus]
+        if len(kept) < wanted:
+            message = (
+                f"step {step}: {len(kept)} of {wanted} informative groups after {tally.rounds} generation "
+                f"rounds ({tally.drawn} prompts)"
+            )
+            if filtering.on_exhausted == "error":
+                raise RedoneError(
+                    f"{message}. Remedy: algorithm.filter_groups.on_exhausted=short trains on what there is; "
+                    "max_num_gen_batches allows more rounds"
+                )
+            log.warning("%s; training on those", message)
+    informative = len(selection.kept) + len(selection.surplus)
+    metrics = rollout_metrics(tally.groups, kept, cfg) | {
+        "rollout/prompts": float(tally.drawn),
+        "rollout/gen_rounds": float(tally.rounds),
+        "rollout/informative_share": informative / max(1, len(tally.groups)),
+        "rollout/surplus_groups": float(len(selection.surplus) if filtering.enable else 0),
+        "rollout/failed": float(tally.lost["failed"]),
+        "rollout/aborted": float(tally.lost["aborted"]),
+        "rollout/failed_share": tally.lost["failed"] / max(1, tally.rollouts),
+        "rollout/dropped_groups": float(len(drops)),
+        "train/num_gen_batches": float(tally.rounds),
+    }
+    return Collected(groups=kept, drops=tuple(drops), metrics=metrics)
+
+
+def _drop(group: Group, reason: str) -> Drop:
+    return Drop(epoch=group.epoch, prompt_id=group.prompt.id, reason=reason)

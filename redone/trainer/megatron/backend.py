@@ -1,0 +1,214 @@
+"""The Trainer of redone.api on Megatron-core: one object per rank, every method collective."""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import os
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from torch import Tensor
+
+from redone.config.schema import AlgorithmConfig, Config
+from redone.errors import ConfigError, TrainerError
+from redone.layout import check_layout
+from redone.trainer.megatron import checkpoint, optim
+from redone.trainer.megatron.convert import load_weights, read_shape
+from redone.trainer.megatron.device import on_cpu, on_device, prepare
+from redone.trainer.megatron.export import Exporter, write_folder
+from redone.trainer.megatron.model import build_module, transformer_config, wrap
+from redone.trainer.megatron.names import hf_tensors
+from redone.trainer.megatron.step import forward_backward, forward_logprobs
+from redone.types import FloatArray, Policy, Shard, UpdateReport, WeightBucket, WeightPlan
+from redone.weights.channel import ShmWriter
+from redone.weights.digest import digest
+from redone.weights.plan import make_plan
+
+log = logging.getLogger(__name__)
+
+
+class MegatronTrainer:
+    """One rank. The learning rate follows rollout steps: the trainer counts its own updates and divides by the
+    updates per rollout step that the config implies; `set_lr_step` overrides that count (short batches)."""
+
+    def __init__(self, cfg: Config, rank: int, world: int, init_method: str) -> None:
+        prepare(cfg.cluster.device)
+        torch.set_num_threads(cfg.trainer.num_threads)
+        self.cfg, self.rank, self.world = cfg, rank, world
+        self.dtype: torch.dtype = getattr(torch, cfg.model.dtype)
+        self.shape = read_shape(cfg.model.path)
+        if errors := check_layout(cfg.trainer.parallel, world, self.shape):
+            raise ConfigError("; ".join(errors))
+        self._owns_group = not dist.is_initialized()
+        self._join(init_method)
+        trainer = cfg.trainer
+        self.config = transformer_config(self.shape, trainer.parallel, self.dtype, trainer.recompute)
+        self.module = build_module(self.shape, self.config, trainer)
+        load_weights(self.module, self.shape, cfg.model.path)
+        self.reference = self._copy_parameters() if cfg.algorithm.kl.coef > 0 else None
+        self.model = wrap(self.module, self.config)
+        self.optimizer = optim.build_optimizer(self.model, self.config, trainer.optim, self.dtype)
+        self.exporter = Exporter(self.module, self.shape)
+        self.updates = 0
+        self.lr_step: int | None = None
+        self.plan: WeightPlan | None = None
+        self.writer: tuple[str, ShmWriter] | None = None
+
+    def _join(self, init_method: str) -> None:
+        parallel = self.cfg.trainer.parallel
+        if self._owns_group:
+            if self.cfg.cluster.nodes == 1:
+                os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+            dist.init_process_group(
+                "gloo" if on_cpu() else "nccl",
+                init_method=init_method,
+                rank=self.rank,
+                world_size=self.world,
+                timeout=datetime.timedelta(seconds=self.cfg.trainer.timeout_s),
+            )
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=parallel.tensor,
+            pipeline_model_parallel_size=parallel.pipeline,
+            expert_model_parallel_size=parallel.expert,
+            expert_tensor_parallel_size=parallel.expert_tensor,
+        )
+        model_parallel_cuda_manual_seed(self.cfg.trainer.determinism_seed)
+
+    @on_device
+    def describe(self) -> dict[str, Any]:
+        """Who this rank is: what the driver needs to cut batches and find outputs."""
+        return {
+            "rank": self.rank,
+            "pid": os.getpid(),
+            "dp_rank": parallel_state.get_data_parallel_rank(),
+            "dp_size": parallel_state.get_data_parallel_world_size(),
+            "tp_rank": parallel_state.get_tensor_model_parallel_rank(),
+            "pp_rank": parallel_state.get_pipeline_model_parallel_rank(),
+            "vocab_size": self.shape.vocab,
+            "parameters": sum(p.numel() for p in self.module.parameters()),
+        }
+
+    @on_device
+    def logprobs(self, shard: Shard, policy: Policy, temperature: float) -> list[FloatArray] | None:
+        """See redone.api. Raises TrainerError for policy "reference" when algorithm.kl.coef is 0."""
+        if policy == "actor":
+            return forward_logprobs(self.model, shard, temperature)
+        if self.reference is None:
+            raise TrainerError("no reference policy is kept: set algorithm.kl.coef > 0")
+        self._swap_reference()
+        try:
+            return forward_logprobs(self.model, shard, temperature)
+        finally:
+            self._swap_reference()
+
+    @on_device
+    def update(self, shard: Shard, algorithm: AlgorithmConfig) -> UpdateReport:
+        """One optimizer step. Raises TrainerError, before anything changed, when the loss is not finite."""
+        optim.zero_grad(self.model, self.optimizer)
+        totals = forward_backward(self.model, shard, algorithm, self.cfg.rollout.temperature)
+        lr = optim.learning_rate(self._rollout_step(), self.cfg.trainer.optim, algorithm.total_steps)
+        applied, norm = optim.apply(self.optimizer, lr)
+        self.updates += 1
+        metrics = {**totals.metrics(), "actor/loss": totals.loss, "actor/grad_norm": norm, "actor/lr": lr}
+        return UpdateReport(loss=totals.loss, grad_norm=norm, lr=lr, skipped=not applied, metrics=metrics)
+
+    def set_lr_step(self, step: int) -> None:
+        """Rollout step (from 0) whose learning rate the next updates use."""
+        self.lr_step = step
+
+    def _rollout_step(self) -> int:
+        if self.lr_step is not None:
+            return self.lr_step
+        algorithm = self.cfg.algorithm
+        parts = max(1, algorithm.train_batch_size // algorithm.ppo_mini_batch_size)
+        return self.updates // (parts * algorithm.ppo_epochs)
+
+    @on_device
+    def weight_plan(self, bucket_bytes: int) -> WeightPlan:
+        metas = [(name, self.cfg.model.dtype, shape) for name, shape in hf_tensors(self.shape)]
+        self.plan = make_plan(metas, bucket_bytes)
+        return self.plan
+
+    @on_device
+    def publish(self, location: str, version: int) -> tuple[WeightBucket, ...] | None:
+        """Collective: rank 0 writes every tensor at its place in the channel and returns the buckets' digests."""
+        plan = self.plan or self.weight_plan(self.cfg.weights.bucket_bytes)
+        digests: list[int] = []
+        offsets = {meta.name: meta for meta in plan.tensors}
+        for name, tensor in self.exporter.stream(self.cfg.weights.bucket_bytes):
+            if tensor is not None:
+                meta = offsets[name]
+                view = self._writer(location, plan).view(meta.offset, meta.nbytes)
+                view.copy_(_bytes(tensor))
+                digests.append(digest(view))
+        if self.rank != 0:
+            return None
+        return tuple(
+            WeightBucket(version=version, index=i, location=location, digests=tuple(digests[first:last]))
+            for i, (first, last) in enumerate(plan.buckets)
+        )
+
+    def _writer(self, location: str, plan: WeightPlan) -> ShmWriter:
+        if self.writer is None or self.writer[0] != location:
+            self._close_writer()
+            self.writer = (location, ShmWriter(location, plan.total_bytes))
+        return self.writer[1]
+
+    def _close_writer(self) -> None:
+        if self.writer is not None:
+            self.writer[1].close()
+            self.writer = None
+
+    @on_device
+    def save(self, path: str) -> None:
+        meta = checkpoint.Meta(updates=self.updates, lr_step=self.lr_step, layout=self._layout())
+        checkpoint.save(path, self.module, self.optimizer, meta)
+
+    @on_device
+    def load(self, path: str) -> None:
+        meta = checkpoint.load(path, self.module, self.optimizer, self._layout())
+        self.updates, self.lr_step = meta.updates, meta.lr_step
+
+    def _layout(self) -> str:
+        p = self.cfg.trainer.parallel
+        return f"world{self.world} tp{p.tensor} pp{p.pipeline} ep{p.expert} etp{p.expert_tensor}"
+
+    @on_device
+    def export(self, path: str) -> None:
+        write_folder(self.exporter, self.cfg.model.path, path)
+
+    def sleep(self) -> None:
+        """Give device memory to the engines. On CPU both live in host memory and nothing is moved; moving
+        optimizer states off a GPU is not implemented, so trainer and engine must fit together there."""
+
+    def wake(self) -> None:
+        """Undo `sleep`."""
+
+    @on_device
+    def close(self) -> None:
+        """Leave the process group. The trainer cannot be used afterwards."""
+        self._close_writer()
+        parallel_state.destroy_model_parallel()
+        if self._owns_group and dist.is_initialized():
+            dist.destroy_process_group()
+
+    def _copy_parameters(self) -> list[Tensor]:
+        return [p.detach().to("cpu", copy=True) for p in self.module.parameters()]
+
+    @torch.no_grad()
+    def _swap_reference(self) -> None:
+        """Exchange the model's parameters with the kept copy, one at a time."""
+        assert self.reference is not None
+        for parameter, kept in zip(self.module.parameters(), self.reference, strict=True):
+            current = parameter.detach().to("cpu", copy=True)
+            parameter.copy_(kept)
+            kept.copy_(current)
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    """Flat uint8 view of a tensor, on CPU."""
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8)

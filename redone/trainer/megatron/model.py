@@ -1,0 +1,161 @@
+"""Build the GPT model of this rank: config from the model's shape, packed-row positions, our head."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from redone.config.schema import ParallelConfig, TrainerConfig
+from redone.layout import ModelShape, padded_vocab
+from redone.trainer.megatron.attention import PackedRow
+from redone.trainer.megatron.device import device, on_cpu
+from redone.trainer.megatron.head import Head
+from redone.trainer.megatron.specs import HAVE_TE, block_spec
+
+
+class PackedRotary(RotaryEmbedding):
+    """Rotary table gathered by position. GPTModel hands its packed parameters to `get_rotary_seq_len` on every
+    pipeline stage, and whatever that returns to `forward`: so no global state, and recomputation is safe."""
+
+    def get_rotary_seq_len(self, *args: Any, **kwargs: Any) -> PackedRow:
+        packed = kwargs.get("packed_seq_params", args[4] if len(args) > 4 else None)
+        assert isinstance(packed, PackedRow)
+        return packed
+
+    def forward(self, packed: PackedRow, *args: Any, **kwargs: Any) -> Tensor:
+        """[T, 1, 1, head_dim] angles."""
+        assert packed.positions is not None and packed.max_seqlen_q is not None
+        return self.get_emb(packed.max_seqlen_q).index_select(0, packed.positions)
+
+
+class PackedGPTModel(GPTModel):
+    """GPTModel over packed rows; the last stage returns (logprobs [N], entropy [N] or an empty tensor), fp32."""
+
+    def __init__(self, config: TransformerConfig, head: Head, **kwargs: Any) -> None:
+        super().__init__(config, position_embedding_type="rope", parallel_output=True, **kwargs)
+        self.head = head
+        self.rotary_pos_emb = PackedRotary(
+            kv_channels=config.kv_channels,
+            rotary_percent=1.0,
+            rotary_base=kwargs["rotary_base"],
+            use_cpu_initialization=config.use_cpu_initialization,
+            cp_group=self.pg_collection.cp,
+        )
+
+    def _postprocess(
+        self, hidden_states: Tensor, *args: Any, packed_seq_params: PackedRow | None = None, **kwargs: Any
+    ) -> Any:
+        if not self.post_process:
+            return hidden_states
+        row = packed_seq_params
+        assert row is not None and row.rows is not None and row.targets is not None
+        if self.share_embeddings_and_output_weights:
+            weight = self.shared_embedding_or_output_weight()
+        else:
+            weight = self.output_layer.weight
+        logprobs, entropy = self.head(
+            hidden_states, weight, row.rows, row.targets, row.temperature, row.entropy
+        )
+        return logprobs, logprobs.new_zeros(0) if entropy is None else entropy
+
+
+def _leave_uninitialised(tensor: Tensor) -> Tensor:
+    """The weights are loaded next. perform_initialization=False would be wrong: Megatron then forgets to mark the
+    sharded parameters, and the gradient norm counts them on one rank only."""
+    return tensor
+
+
+def transformer_config(
+    shape: ModelShape, parallel: ParallelConfig, dtype: torch.dtype, recompute: str
+) -> TransformerConfig:
+    """Megatron's config of `shape`. Fusions need CUDA kernels of optional packages and are off."""
+    options: dict[str, Any] = {}
+    if shape.num_experts:
+        options |= dict(
+            num_moe_experts=shape.num_experts,
+            moe_router_topk=shape.experts_per_token,
+            moe_ffn_hidden_size=shape.moe_ffn,
+            moe_router_load_balancing_type="none",
+            moe_router_pre_softmax=not shape.norm_topk_prob,
+            moe_grouped_gemm=True,
+        )
+    if recompute == "full":
+        options |= dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
+    return TransformerConfig(
+        num_layers=shape.num_layers,
+        hidden_size=shape.hidden,
+        num_attention_heads=shape.heads,
+        num_query_groups=shape.kv_heads,
+        kv_channels=shape.head_dim,
+        ffn_hidden_size=shape.ffn,
+        layernorm_epsilon=shape.norm_eps,
+        qk_layernorm=shape.qk_norm,
+        normalization="RMSNorm",
+        activation_func=torch.nn.functional.silu,
+        gated_linear_unit=True,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        bf16=dtype == torch.bfloat16,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        expert_model_parallel_size=parallel.expert,
+        expert_tensor_parallel_size=parallel.expert_tensor,
+        sequence_parallel=parallel.tensor > 1,
+        variable_seq_lengths=True,
+        moe_token_dispatcher_type="alltoall",
+        init_method=_leave_uninitialised,
+        output_layer_init_method=_leave_uninitialised,
+        embedding_init_method=_leave_uninitialised,
+        persist_layer_norm=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        gradient_accumulation_fusion=False,
+        apply_rope_fusion=False,
+        **options,
+    )
+
+
+def build_module(shape: ModelShape, config: TransformerConfig, trainer: TrainerConfig) -> PackedGPTModel:
+    """This rank's part of the model, uninitialised, on its device, not wrapped."""
+    tp = config.tensor_model_parallel_size
+    head = Head(
+        backend=trainer.head.backend,
+        chunk=trainer.head.chunk_tokens,
+        vocab=shape.vocab,
+        sequence_parallel=config.sequence_parallel,
+    )
+    module = PackedGPTModel(
+        config,
+        head,
+        transformer_layer_spec=block_spec(config, use_te=HAVE_TE and not on_cpu()),
+        vocab_size=padded_vocab(shape.vocab, tp),
+        max_sequence_length=shape.max_positions,
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
+        rotary_base=shape.rope_theta,
+        share_embeddings_and_output_weights=shape.tied_embeddings,
+    )
+    for parameter in module.parameters():
+        tensor_parallel.set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
+    return module.to(device())
+
+
+def wrap(module: PackedGPTModel, config: TransformerConfig) -> DistributedDataParallel:
+    """Mixed precision and data parallelism around the module; gradients are summed in fp32."""
+    inner = Float16Module(config, module) if config.bf16 else module
+    ddp = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True, use_distributed_optimizer=True, check_for_nan_in_grad=False
+    )
+    return DistributedDataParallel(config=config, ddp_config=ddp, module=inner)

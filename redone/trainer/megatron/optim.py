@@ -1,0 +1,78 @@
+"""Megatron's distributed AdamW and the learning-rate schedule, which counts rollout steps."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from redone.config.schema import OptimConfig
+
+
+def learning_rate(step: int, optim: OptimConfig, total_steps: int) -> float:
+    """Rate of rollout step `step` (from 0): linear warm-up that reaches the peak at step lr_warmup_steps - 1, then
+    constant, or linear / cosine decay that reaches min_lr at the last of `total_steps`."""
+    if step < optim.lr_warmup_steps:
+        return optim.lr * (step + 1) / optim.lr_warmup_steps
+    if optim.lr_decay_style == "constant":
+        return optim.lr
+    span = max(1, total_steps - 1 - optim.lr_warmup_steps)
+    progress = min(1.0, (step - optim.lr_warmup_steps) / span)
+    share = 1.0 - progress if optim.lr_decay_style == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
+    return optim.min_lr + (optim.lr - optim.min_lr) * share
+
+
+def build_optimizer(
+    model: DistributedDataParallel, config: TransformerConfig, optim: OptimConfig, dtype: torch.dtype
+) -> Any:
+    """AdamW with fp32 master weights and states, sharded over data-parallel ranks. No weight decay on 1-D parameters.
+
+    The weights must be loaded before: master weights are copied here.
+    """
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(
+            optimizer="adam",
+            lr=optim.lr,
+            min_lr=optim.min_lr,
+            weight_decay=optim.weight_decay,
+            adam_beta1=optim.betas[0],
+            adam_beta2=optim.betas[1],
+            adam_eps=optim.eps,
+            clip_grad=optim.clip_grad,
+            bf16=dtype == torch.bfloat16,
+            params_dtype=dtype,
+            use_distributed_optimizer=True,
+        ),
+        [model],
+    )
+    config.finalize_model_grads_func = finalize_model_grads
+    config.grad_scale_func = optimizer.scale_loss
+    return optimizer
+
+
+def zero_grad(model: DistributedDataParallel, optimizer: Any) -> None:
+    model.zero_grad_buffer()
+    optimizer.zero_grad()
+
+
+def apply(optimizer: Any, lr: float) -> tuple[bool, float]:
+    """Clip and step. Returns (applied, gradient norm before clipping); not applied when the norm is not finite."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    # step() would clip by a non-finite norm and write NaN into every parameter.
+    if optimizer.prepare_grads():
+        return False, math.nan
+    norm = float(optimizer.get_grad_norm())
+    if not math.isfinite(norm):
+        return False, norm
+    applied, _, _ = optimizer.step()
+    return bool(applied), norm
+
+
+def inner_optimizers(optimizer: Any) -> list[Any]:
+    """The distributed optimizers inside Megatron's chain (dense and expert parameters)."""
+    return list(getattr(optimizer, "chained_optimizers", [optimizer]))

@@ -1,0 +1,183 @@
+"""One pass over a shard through Megatron's pipeline schedule: log-probabilities, or the loss and its gradients."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from redone.algo.loss import LossInputs, policy_loss
+from redone.config.schema import AlgorithmConfig
+from redone.errors import TrainerError
+from redone.trainer.megatron.attention import PackedRow, make_plan
+from redone.trainer.megatron.device import device
+from redone.types import FloatArray, Microbatch, Shard
+
+Output = tuple[Tensor, Tensor]  # the last stage's (logprobs [N], entropy [N] or [0])
+LossFunction = Callable[[Microbatch, Output], tuple[Tensor, Any]]
+
+
+def pack_row(microbatch: Microbatch, temperature: float, entropy: str) -> PackedRow:
+    """The micro-batch as the model reads it, on the device."""
+    where = device()
+    max_length = int(microbatch.positions.max()) + 1
+
+    def index(array: Any) -> Tensor:
+        return torch.from_numpy(array).to(where, torch.int64)
+
+    return PackedRow(
+        qkv_format="sbhd",
+        max_seqlen_q=max_length,
+        max_seqlen_kv=max_length,
+        plan=make_plan(microbatch.segments, where),
+        positions=index(microbatch.positions),
+        rows=index(microbatch.rows),
+        targets=index(microbatch.targets),
+        temperature=temperature,
+        entropy=entropy,
+    )
+
+
+def run(
+    model: torch.nn.Module,
+    microbatches: Sequence[Microbatch],
+    loss: LossFunction,
+    *,
+    temperature: float,
+    entropy: str,
+    train: bool,
+) -> list[Any]:
+    """Drive the schedule over `microbatches`; the second value of `loss` for each, on the last pipeline stage."""
+    model.train(train)
+
+    def forward_step(iterator: Iterator[Microbatch], module: torch.nn.Module) -> tuple[Any, Any]:
+        microbatch = next(iterator)
+        row = pack_row(microbatch, temperature, entropy)
+        ids = torch.from_numpy(microbatch.token_ids).to(device(), torch.int64)[None]
+        output = module(ids, row.positions[None], None, packed_seq_params=row)  # type: ignore[index]
+        return output, lambda out: loss(microbatch, out)
+
+    with torch.set_grad_enabled(train):
+        results: list[Any] = get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iter(microbatches),
+            model=[model],
+            num_microbatches=len(microbatches),
+            seq_length=1,  # unused: variable_seq_lengths sends the real length with every tensor
+            micro_batch_size=1,
+            forward_only=not train,
+        )
+    return results
+
+
+def forward_logprobs(model: torch.nn.Module, shard: Shard, temperature: float) -> list[FloatArray] | None:
+    """One [N] fp32 array per micro-batch on the last stage's tensor rank 0; None on the other ranks."""
+
+    def keep(microbatch: Microbatch, output: Output) -> tuple[Tensor, FloatArray]:
+        return output[0].sum(), output[0].detach().cpu().numpy()
+
+    results = run(model, shard.microbatches, keep, temperature=temperature, entropy="none", train=False)
+    return results if holds_output() else None
+
+
+def holds_output() -> bool:
+    """Last pipeline stage and tensor rank 0: one such rank per data-parallel replica."""
+    return (
+        parallel_state.is_pipeline_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0
+    )
+
+
+@dataclass(slots=True)
+class Totals:
+    """Metrics of one step: loss and sums add up over micro-batches and ranks, maxima combine by max."""
+
+    loss: float = 0.0
+    sums: dict[str, float] = field(default_factory=dict)
+    maxima: dict[str, float] = field(default_factory=dict)
+
+    def add(self, loss: float, sums: Mapping[str, float], maxima: Mapping[str, float]) -> None:
+        self.loss += loss
+        for key, value in sums.items():
+            self.sums[key] = self.sums.get(key, 0.0) + value
+        for key, value in maxima.items():
+            self.maxima[key] = max(self.maxima.get(key, -math.inf), value)
+
+    def metrics(self) -> dict[str, float]:
+        return {**self.sums, **self.maxima}
+
+
+def forward_backward(
+    model: torch.nn.Module, shard: Shard, algorithm: AlgorithmConfig, temperature: float
+) -> Totals:
+    """Accumulate the gradients of the whole step's loss; the totals are the same on every rank.
+
+    Raises TrainerError on every rank when the loss is not finite anywhere; no parameter has changed then.
+    """
+    # Megatron divides each loss by the number of micro-batches and averages gradients over data-parallel
+    # ranks, while policy_loss already is a share of the step's loss.
+    scale = len(shard.microbatches) * parallel_state.get_data_parallel_world_size()
+
+    def loss(microbatch: Microbatch, output: Output) -> tuple[Tensor, Totals]:
+        total = Totals()
+        if not len(microbatch.rows):
+            return output[0].sum() * 0.0, total
+        result = policy_loss(
+            loss_inputs(microbatch, output), algorithm, shard.num_loss_tokens, shard.num_sequences
+        )
+        total.add(float(result.loss.detach()), _floats(result.sums), _floats(result.maxima))
+        return result.loss * scale, total
+
+    entropy = "grad" if algorithm.entropy_coeff > 0 else "value"
+    parts: list[Totals] = run(
+        model, shard.microbatches, loss, temperature=temperature, entropy=entropy, train=True
+    )
+    totals = _join_ranks(parts if holds_output() else [])
+    if not math.isfinite(totals.loss):
+        raise TrainerError(
+            f"the loss is {totals.loss}: the step was not applied. Look at actor/grad_norm and the ratio of"
+            " the last steps; lower trainer.optim.lr or check rewards and log-probabilities"
+        )
+    return totals
+
+
+def loss_inputs(microbatch: Microbatch, output: Output) -> LossInputs:
+    """What the loss reads. Without old log-probabilities the current ones stand in (ratio 1, exactly on-policy)."""
+    where = output[0].device
+    logprobs, entropy = output
+
+    def tensor(array: Any) -> Tensor:
+        return torch.from_numpy(array).to(where)
+
+    old = microbatch.old_logprobs
+    reference = microbatch.ref_logprobs
+    return LossInputs(
+        logprobs=logprobs,
+        entropy=entropy if entropy.numel() else None,
+        old_logprobs=logprobs.detach() if old is None else tensor(old),
+        engine_logprobs=tensor(microbatch.engine_logprobs),
+        ref_logprobs=None if reference is None else tensor(reference),
+        advantages=tensor(microbatch.advantages),
+        loss_mask=tensor(microbatch.loss_mask),
+        sequence_ids=tensor(microbatch.sequence_ids).to(torch.int64),
+    )
+
+
+def _floats(values: Mapping[str, Tensor]) -> dict[str, float]:
+    return {key: float(value) for key, value in values.items()}
+
+
+def _join_ranks(parts: Sequence[Totals]) -> Totals:
+    """Sum over micro-batches and over all ranks that hold output."""
+    everyone: list[Sequence[Totals]] = [()] * dist.get_world_size()
+    dist.all_gather_object(everyone, list(parts))
+    joined = Totals()
+    for part in (p for per_rank in everyone for p in per_rank):
+        joined.add(part.loss, part.sums, part.maxima)
+    return joined

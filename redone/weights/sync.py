@@ -1,0 +1,75 @@
+"""The canary: fixed token sequences that trainer and engines must agree on after every weight update.
+
+Digests prove that the right bytes arrived; what goes wrong behind them (packing, stale KV caches, a wrong
+name table) shows only in the log-probabilities.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from redone.errors import SyncError
+from redone.types import FloatArray
+
+if TYPE_CHECKING:
+    from redone.config.schema import CanaryConfig
+
+
+def canary_sequences(cfg: CanaryConfig, vocab_size: int, seed: int) -> list[list[int]]:
+    """cfg.prompts sequences of cfg.length token ids, uniform over [0, vocab_size); a pure function."""
+    rng = np.random.default_rng([seed, vocab_size, 0xCA9A])
+    return [[int(t) for t in row] for row in rng.integers(0, vocab_size, (cfg.prompts, cfg.length))]
+
+
+def compare_canary(
+    trainer: Sequence[FloatArray],
+    engines: Sequence[Sequence[FloatArray]],
+    tolerance: float,
+    version: int,
+) -> dict[str, float]:
+    """Compare log-probabilities of the canary's tokens.
+
+    Args:
+        trainer: per sequence, [len - 1] fp32, nats.
+        engines: engines[e][i]: the same of engine e.
+        tolerance: largest absolute difference allowed, nats.
+
+    Returns:
+        sync/canary_max_abs_diff and sync/canary_mean_abs_diff over all engines and tokens.
+
+    Raises:
+        SyncError: the largest difference exceeds the tolerance (or is not a number); names the engine, the
+            prompt, the token's position, both values and the tolerance.
+    """
+    worst, where = -1.0, (0, 0, 0)
+    total, count = 0.0, 0
+    for e, scores in enumerate(engines):
+        for i, (ours, theirs) in enumerate(zip(trainer, scores, strict=True)):
+            if ours.shape != theirs.shape:
+                raise SyncError(
+                    f"canary after version {version}: engine {e} scored {theirs.shape[0]} tokens of prompt "
+                    f"{i}, the trainer {ours.shape[0]}"
+                )
+            diff = np.abs(ours.astype(np.float64) - theirs.astype(np.float64))
+            # A NaN compares as smaller than everything; it is the worst possible disagreement.
+            diff = np.where(np.isnan(diff), np.inf, diff)
+            total, count = total + float(diff.sum()), count + diff.size
+            j = int(diff.argmax())
+            if diff[j] > worst:
+                worst, where = float(diff[j]), (e, i, j)
+    if count == 0:
+        raise SyncError(f"canary after version {version}: no engine scored anything")
+    if not worst <= tolerance:
+        e, i, j = where
+        shown = "not a number" if math.isinf(worst) else f"{worst:.3e}"
+        raise SyncError(
+            f"canary after version {version}: engine {e} disagrees with the trainer on prompt {i}, token "
+            f"{j + 1}: trainer {trainer[i][j]:.6f}, engine {engines[e][i][j]:.6f}, difference {shown} > "
+            f"weights.canary.tolerance={tolerance:g} (mean {total / count:.3e}). The engine did not "
+            "take over the trainer's weights"
+        )
+    return {"sync/canary_max_abs_diff": worst, "sync/canary_mean_abs_diff": total / count}

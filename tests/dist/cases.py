@@ -1,0 +1,78 @@
+"""Which cases run at which world size: (name, function of worker.py, arguments)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+Case = tuple[str, str, dict[str, Any]]
+
+# name -> world size, model, (tensor, pipeline, expert, expert tensor)
+LAYOUTS: dict[str, tuple[int, str, tuple[int, int, int, int]]] = {
+    "dense TP1": (1, "dense", (1, 1, 1, 1)),
+    "dense TP2": (2, "dense", (2, 1, 1, 1)),
+    "dense PP2": (2, "dense", (1, 2, 1, 1)),
+    "dense DP2": (2, "dense", (1, 1, 1, 1)),
+    "dense TP2xPP2": (4, "dense", (2, 2, 1, 1)),
+    "tied TP1": (1, "tied", (1, 1, 1, 1)),
+    "tied PP2": (2, "tied", (1, 2, 1, 1)),
+    "odd vocabulary TP2": (2, "odd", (2, 1, 1, 1)),
+    "MoE TP1": (1, "moe", (1, 1, 1, 1)),
+    "MoE TP2xETP2": (2, "moe", (2, 1, 1, 2)),
+    "MoE PP2": (2, "moe", (1, 2, 1, 1)),
+    "MoE EP2": (2, "moe", (1, 1, 2, 1)),
+    "MoE TP2xEP2": (4, "moe", (2, 1, 2, 1)),
+}
+# Other ways to cut the same batch: name -> (layout, options). The budget is in tokens per micro-batch.
+CUTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "one micro-batch": ("dense TP1", {"budget": 400}),
+    "small micro-batches": ("dense TP1", {"budget": 33}),
+    "no prefix sharing": ("dense TP1", {"budget": 64, "sharing": False}),
+    "reference head": ("dense TP1", {"head": "reference"}),
+    "recomputation": ("dense TP1", {"recompute": "full"}),
+    "more ranks than micro-batches": ("dense DP2", {"budget": 400}),
+    "MoE, one micro-batch": ("MoE TP1", {"budget": 400}),
+    "MoE, no prefix sharing": ("MoE EP2", {"budget": 64, "sharing": False}),
+    "MoE, recomputation": ("MoE EP2", {"recompute": "full"}),
+}
+TRAINED = ("dense TP1", "dense PP2", "tied PP2", "odd vocabulary TP2", "MoE EP2", "MoE TP2xEP2")
+EXPORTED = ("tied TP1", "tied PP2", "odd vocabulary TP2", "MoE TP2xETP2", "MoE PP2", "MoE TP2xEP2")
+# (saved at, loaded at); both layouts have the same world size
+CHECKPOINTS = (("MoE TP2xEP2", "MoE TP2xEP2"), ("MoE TP2xEP2", "MoE PP2"), ("dense DP2", "dense PP2"))
+
+
+def _cases(world: int) -> list[Case]:
+    cases: list[Case] = []
+    for name, (size, kind, layout) in LAYOUTS.items():
+        if size == world:
+            where = {"kind": kind, "layout": layout}
+            cases += [(f"parity {name}", "parity", where), (f"gradients {name}", "gradients", where)]
+            if name in TRAINED:
+                cases.append((f"train {name}", "train", where))
+            if name in EXPORTED:
+                cases += [(f"export {name}", "export", where), (f"publish {name}", "publish", where)]
+    for name, (layout, options) in CUTS.items():
+        size, kind, sizes = LAYOUTS[layout]
+        if size == world:
+            cases.append((f"gradients {name}", "gradients", {"kind": kind, "layout": sizes, **options}))
+    for saved, loaded in CHECKPOINTS:
+        size, kind, sizes = LAYOUTS[saved]
+        if size == world:
+            arguments = {"kind": kind, "save_layout": sizes, "load_layout": LAYOUTS[loaded][2]}
+            cases.append((f"checkpoint {saved} -> {loaded}", "checkpoint", arguments))
+    return cases
+
+
+CASES: dict[int, list[Case]] = {world: _cases(world) for world in (1, 2, 4)}
+_ONE = {"kind": "dense", "layout": (1, 1, 1, 1)}
+CASES[1] += [
+    ("parity shifted", "parity", {**_ONE, "shift": 1}),
+    ("parity cold", "parity", {**_ONE, "temperature": 0.7}),
+    ("entropy gradient", "entropy_gradient", _ONE),
+    ("kept reference", "kept_reference", _ONE),
+    ("refusals", "refusals", _ONE),
+]
+CASES[2] += [
+    ("entropy gradient TP2", "entropy_gradient", {"kind": "odd", "layout": (2, 1, 1, 1)}),
+    ("bf16", "bf16", {"kind": "moe", "layout": (1, 1, 2, 1)}),
+    ("bf16 tied PP2", "bf16", {"kind": "tied", "layout": (1, 2, 1, 1)}),
+]

@@ -1,0 +1,75 @@
+"""Tiny models, what Hugging Face computes with them, and one start of 1, 2 and 4 ranks for all cases."""
+
+from __future__ import annotations
+
+import pickle
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import reference
+from ranks import Group, run_cases
+
+from redone.data.tiny import make_tiny_model
+
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "dense": ("qwen3", {}),
+    "moe": ("qwen3_moe", {}),
+    "tied": ("llama", {"tie_word_embeddings": True}),
+    "odd": ("qwen3", {"vocab_size": 127}),
+}
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with one model per kind and `<kind>.pkl`, its reference values."""
+    root = tmp_path_factory.mktemp("dist")
+    for kind, (family, overrides) in MODELS.items():
+        path = make_tiny_model(root / kind, family, seed=3, **overrides)
+        model = reference.load_model(path)
+        vocab = overrides.get("vocab_size", 128)
+        raw = [reference.make_batch(seed, vocab) for seed in (1, 2, 3)]
+        batches = [reference.with_old_logprobs(model, b, seed) for seed, b in enumerate(raw)]
+        values: dict[str, Any] = {
+            "batches": batches,
+            "logprobs": reference.all_logprobs(model, raw[0]),
+            "logprobs_cold": reference.all_logprobs(model, raw[0], temperature=0.7),
+            "initial": reference.folder_tensors(dict(model.named_parameters())),
+        }
+        values["loss"], values["gradients"] = reference.gradients(model, batches[0])
+        values["history"] = reference.train(model, batches)
+        values["trained"] = reference.folder_tensors(dict(model.named_parameters()))
+        (root / f"{kind}.pkl").write_bytes(pickle.dumps(values))
+    return root
+
+
+def _start(models: Path, world: int) -> Group:
+    from cases import CASES
+
+    return run_cases(world, CASES[world], models / f"world{world}", timeout_s=240)
+
+
+@pytest.fixture(scope="session")
+def world1(models: Path) -> Group:
+    return _start(models, 1)
+
+
+@pytest.fixture(scope="session")
+def world2(models: Path) -> Group:
+    return _start(models, 2)
+
+
+@pytest.fixture(scope="session")
+def world4(models: Path) -> Group:
+    return _start(models, 4)
+
+
+@pytest.fixture
+def group(request: pytest.FixtureRequest) -> Group:
+    """The group of the world size that the test is parametrized with."""
+    result: Group = request.getfixturevalue(f"world{request.param}")
+    return result

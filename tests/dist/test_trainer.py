@@ -1,0 +1,136 @@
+"""The Megatron trainer against Hugging Face and torch's AdamW, at every parallel layout."""
+
+from __future__ import annotations
+
+import pytest
+from cases import CHECKPOINTS, CUTS, EXPORTED, LAYOUTS, TRAINED
+from ranks import Group
+
+PARITY = 1e-5  # nat
+GRADIENT = 1e-5  # |a - b| / |b| of the worst tensor
+WEIGHT = 2e-5  # after three AdamW steps at lr 1e-3
+
+
+def at(layouts: dict[str, int]) -> list[object]:
+    return [pytest.param(world, name, id=name) for name, world in layouts.items()]
+
+
+ALL = at({name: world for name, (world, _, _) in LAYOUTS.items()})
+
+
+@pytest.mark.parametrize(("group", "name"), ALL, indirect=["group"])
+def test_logprobs_equal_hugging_face(group: Group, name: str) -> None:
+    assert group[f"parity {name}"] <= PARITY
+
+
+@pytest.mark.parametrize(("group", "name"), ALL, indirect=["group"])
+def test_gradients_equal_hugging_face(group: Group, name: str) -> None:
+    result = group[f"gradients {name}"]
+    assert result["microbatches"] > 1 and 0 < result["clipfrac"] < 1
+    assert result["loss"] <= 1e-6
+    assert result["worst"] <= GRADIENT, result["name"]
+
+
+CUT_LAYOUTS = at({name: LAYOUTS[layout][0] for name, (layout, _) in CUTS.items()})
+
+
+@pytest.mark.parametrize(("group", "name"), CUT_LAYOUTS, indirect=["group"])
+def test_the_cut_of_the_batch_does_not_matter(group: Group, name: str) -> None:
+    result = group[f"gradients {name}"]
+    assert result["loss"] <= 1e-6
+    assert result["worst"] <= GRADIENT, result["name"]
+
+
+@pytest.mark.parametrize(
+    ("group", "name"), at({name: LAYOUTS[name][0] for name in TRAINED}), indirect=["group"]
+)
+def test_three_steps_equal_adamw(group: Group, name: str) -> None:
+    result = group[f"train {name}"]
+    assert result["weights"] <= WEIGHT
+    assert result["moved"] > 50 * WEIGHT
+    for ours, theirs in zip(result["history"], result["expected"], strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("group", "name"), at({name: LAYOUTS[name][0] for name in EXPORTED}), indirect=["group"]
+)
+def test_export_is_bit_exact_and_transformers_loads_it(group: Group, name: str) -> None:
+    result = group[f"export {name}"]
+    assert result["differing"] == [] and result["missing"] == []
+    assert "model.safetensors.index.json" in result["files"]
+    assert "model.safetensors" in result["single"]
+    assert {"config.json", "tokenizer.json", "generation_config.json"} <= set(result["single"])
+
+
+@pytest.mark.parametrize(
+    ("group", "name"), at({name: LAYOUTS[name][0] for name in EXPORTED}), indirect=["group"]
+)
+def test_publish_writes_every_weight(group: Group, name: str) -> None:
+    result = group[f"publish {name}"]
+    assert result["published"] and result["names"] and result["wrong"] == []
+    assert result["buckets"] > 1 and set(result["versions"]) == {7}
+
+
+@pytest.mark.parametrize(
+    ("group", "saved", "loaded"),
+    [pytest.param(LAYOUTS[a][0], a, b, id=f"{a} to {b}") for a, b in CHECKPOINTS],
+    indirect=["group"],
+)
+def test_a_resumed_run_is_the_uninterrupted_run(group: Group, saved: str, loaded: str) -> None:
+    result = group[f"checkpoint {saved} -> {loaded}"]
+    assert result["loss"] <= 1e-5
+    assert result["weights"] <= WEIGHT
+
+
+def test_a_shifted_position_fails_parity(world1: Group) -> None:
+    assert world1["parity shifted"] > 1000 * PARITY
+
+
+def test_temperature_divides_the_logits(world1: Group) -> None:
+    assert world1["parity cold"] <= PARITY
+
+
+def test_entropy_gradient_of_the_chunked_head(world1: Group, world2: Group) -> None:
+    assert world1["entropy gradient"] <= GRADIENT
+    assert world2["entropy gradient TP2"] <= GRADIENT
+
+
+def test_the_reference_policy_keeps_the_initial_weights(world1: Group) -> None:
+    result = world1["kept reference"]
+    assert result["reference"] == 0.0
+    assert result["actor"] > 1e-3
+    assert result["kl"] == 0.0  # at the first step actor and reference are the same
+
+
+@pytest.mark.parametrize("case", ["bf16", "bf16 tied PP2"])
+def test_bf16_trains_close_to_fp32(world2: Group, case: str) -> None:
+    result = world2[case]
+    assert result["dtype"] == ["torch.bfloat16"]
+    assert 1e-4 < result["logprobs"] < 0.5
+    expected = world2["train MoE EP2" if case == "bf16" else "train tied PP2"]["expected"]
+    for norm, (_, theirs) in zip(result["norms"], expected, strict=True):
+        assert norm == pytest.approx(theirs, rel=0.15)
+
+
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [
+        ("nonfinite", ("loss", "not applied")),
+        ("reference", ("algorithm.kl.coef",)),
+        ("unwritable", ("cannot save", "checkpoint")),
+        ("unexportable", ("cannot export", "model")),
+        ("unloadable", ("redone.json",)),
+        ("missing", ("missing", "model.layers.1.self_attn.o_proj.weight")),
+        ("misshapen", ("model.layers.1.self_attn.o_proj.weight", "(63, 128)", "(64, 128)")),
+        ("unknown", ("q_proj.bias",)),
+        ("no_weights", ("no weights", "model.safetensors")),
+    ],
+)
+def test_refusals_name_what_is_wrong(world1: Group, what: str, words: tuple[str, ...]) -> None:
+    message = world1["refusals"][what]
+    assert all(word in message for word in words), message
+
+
+def test_a_refused_step_changes_nothing(world1: Group) -> None:
+    assert world1["refusals"]["unchanged"] == "True"
