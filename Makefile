@@ -36,20 +36,23 @@ help:
 
 install: $(STAMP)
 
-$(STAMP): $(LOCK) setup.py pyproject.toml
+$(STAMP): $(VENV)/.locked setup.py pyproject.toml
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+$(VENV)/.locked: $(LOCK)
 	@if [ -z "$(PYTHON)" ]; then echo "Python 3.11 or 3.12 is needed (make PYTHON=/path/to/python3.11)" >&2; exit 1; fi
-	@echo "install: $(PYTHON) -> $(VENV)"
+	@echo "install: $$($(PYTHON) --version) -> $(VENV)"
 	rm -rf $(VENV)
 	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet --disable-pip-version-check uv
+	$(PY) -m pip install --quiet --disable-pip-version-check uv || echo "no uv: pip installs everything (slower)"
 	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps $(TORCH) \
 		|| $(PY) -m pip install --disable-pip-version-check --no-deps --index-url $(TORCH_CPU_INDEX) $(TORCH)
 	grep -v '^torch==' $(LOCK) > $(VENV)/rest.lock
 	$(VENV)/bin/uv pip install --quiet --python $(PY) --no-deps -r $(VENV)/rest.lock \
 		|| $(PY) -m pip install --disable-pip-version-check --no-deps -r $(VENV)/rest.lock
-	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
-	$(PY) -m redone_launcher.warm
-	touch $@
+	$(PY) launcher/redone_launcher/warm.py
+	@touch $@
 
 quickstart: install
 	$(VENV)/bin/redone data prepare --dest assets

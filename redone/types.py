@@ -116,6 +116,17 @@ class Trajectory:
     ref_logprobs: FloatArray | None = None  # [R] fp32, reference policy's (KL only)
     version: int = 0  # oldest weight version that any token was sampled under
 
+    @staticmethod
+    def unscored(token_ids: IntArray) -> Trajectory:
+        """A response that is only to be scored: no advantage, no engine."""
+        zeros = np.zeros(len(token_ids), np.float32)
+        return Trajectory(
+            token_ids=token_ids,
+            loss_mask=np.ones(len(token_ids), np.bool_),
+            advantages=zeros,
+            engine_logprobs=zeros,
+        )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class TrainGroup:

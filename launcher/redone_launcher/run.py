@@ -50,7 +50,6 @@ class Inputs:
 
 def run_command(config: Path | None, overrides: Sequence[str], resume: Path | None) -> None:
     """Train as `config` says, or go on with run folder `resume`. Raises RedoneError with what to do."""
-    signal.signal(signal.SIGTERM, _interrupt)
     if resume is not None:
         folder = RunFolder.open(resume)
         cfg = load_config(folder.path / "config.yaml", overrides)
@@ -123,6 +122,7 @@ def train(cfg: Config, folder: RunFolder, inputs: Inputs, resumed: bool) -> None
         for note in inputs.notes:
             recorder.note(note)
         cluster = RayCluster(cfg, folder.path / "logs", recorder.note)
+        signal.signal(signal.SIGTERM, _interrupt)  # after ray.init, which takes it for a crash handler
         run = RlRun(
             cfg=cfg,
             folder=folder,

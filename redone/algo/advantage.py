@@ -27,7 +27,7 @@ def group_advantages(rewards: Sequence[float], estimator: Literal["grpo", "dr_gr
     centred = values - values.mean()
     if estimator == "grpo":
         centred = centred / (values.std(ddof=1) + STD_EPSILON)
-    return centred.astype(np.float32)
+    return np.asarray(centred, dtype=np.float32)
 
 
 def overlong_penalty(length: int, max_response_length: int, buffer: OverlongBuffer) -> float:

@@ -46,7 +46,7 @@ def mcnemar_exact(gained: int, lost: int) -> float:
         raise ValueError(f"negative count: gained={gained}, lost={lost}")
     n = gained + lost
     tail = sum(math.comb(n, i) for i in range(min(gained, lost) + 1))
-    return min(1.0, 2 * tail / 2**n)
+    return float(min(1.0, 2 * tail / 2**n))
 
 
 def paired_bootstrap(

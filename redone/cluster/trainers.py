@@ -105,21 +105,13 @@ class RayTrainerGroup:
 
 def _as_batch(sequences: Sequence[Sequence[int]]) -> Batch:
     """Score tokens 1.. of each sequence: its first token is the prompt, the rest is the response."""
-    groups = []
-    for i, sequence in enumerate(sequences):
-        response = np.asarray(sequence[1:], np.int32)
-        zeros = np.zeros(len(response), np.float32)
-        trajectory = Trajectory(
-            token_ids=response,
-            loss_mask=np.ones(len(response), np.bool_),
-            advantages=zeros,
-            engine_logprobs=zeros,
-        )
-        groups.append(
+    return Batch.of(
+        [
             TrainGroup(
                 prompt_id=f"canary-{i}",
                 prompt_ids=np.asarray(sequence[:1], np.int32),
-                trajectories=(trajectory,),
+                trajectories=(Trajectory.unscored(np.asarray(sequence[1:], np.int32)),),
             )
-        )
-    return Batch.of(groups)
+            for i, sequence in enumerate(sequences)
+        ]
+    )

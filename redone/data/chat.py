@@ -224,7 +224,7 @@ def _fits(text: str, at: int, before: str, content: str, after: str) -> bool:
 
 
 def _largest_id(tokenizer: PreTrainedTokenizerFast) -> int:
-    return max(tokenizer.get_vocab().values())
+    return int(max(tokenizer.get_vocab().values()))
 
 
 def _ids(value: object) -> tuple[int, ...]:

@@ -107,9 +107,9 @@ def context_limit(cfg: Config, folder: ModelFolder) -> int:
     """Tokens of prompt and response together that the engine accepts.
 
     model.max_model_len, else the longest prompt plus the longest response. EngineError above
-   
-   
-   
+
+
+
     the model's limit.
     """
     limit = cfg.model.max_model_len or cfg.data.max_prompt_length + cfg.data.max_response_length

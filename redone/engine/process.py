@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -11,6 +12,9 @@ from pathlib import Path
 import psutil
 
 log = logging.getLogger(__name__)
+
+_EXCEPTION = re.compile(r"[A-Za-z_][\w.]*(Error|Exception|Interrupt|Exit)\b")
+_POINTER = re.compile(r"root cause|stack trace", re.IGNORECASE)
 
 
 class ErrorLog:
@@ -40,12 +44,16 @@ class ErrorLog:
         }
         self.config_path.write_text(json.dumps(config))
 
-    def tail(self, lines: int = 4) -> str:
-        """The last non-empty lines, most recent last; "" when nothing was logged."""
+    def cause(self, lines: int = 4) -> str:
+        """The exceptions that processes reported, first one first; "" when none did.
+
+        Lines that only point at another process's log are left out, repetitions too.
+        """
         if not self._file.exists():
             return ""
         text = [line.strip() for line in self._file.read_text(errors="replace").splitlines()]
-        return "\n".join([line for line in text if line and set(line) != {"^"}][-lines:])
+        raised = [line for line in text if _EXCEPTION.match(line) and not _POINTER.search(line)]
+        return "\n".join(list(dict.fromkeys(raised))[:lines])
 
     def close(self) -> None:
         shutil.rmtree(self._dir, ignore_errors=True)

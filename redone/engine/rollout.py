@@ -104,7 +104,7 @@ class RolloutEngine:
             )
             await self._core.start(self._arguments(self.cfg, self.limit))
         except START_FAILURES as error:
-            cause = self._errors.tail() or f"{type(error).__name__}: {error}"
+            cause = self._errors.cause() or f"{type(error).__name__}: {error}"
             await self.close()
             raise EngineError(
                 f"{self.name} did not start with model.path={self.cfg.model.path}:\n{cause}"
@@ -243,7 +243,7 @@ class RolloutEngine:
         try:
             yield
         except EngineDied as error:
-            raise EngineError(f"{self.name} died:\n{self._errors.tail() or error}") from error
+            raise EngineError(f"{self.name} died:\n{self._errors.cause() or error}") from error
 
     @contextmanager
     def _poison_on_failure(self) -> Iterator[None]:

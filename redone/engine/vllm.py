@@ -25,6 +25,7 @@ from vllm import AsyncEngineArgs, EngineArgs, SamplingParams
 from vllm.config import WeightTransferConfig, set_current_vllm_config
 from vllm.distributed.weight_transfer import WeightTransferEngine, WeightTransferEngineFactory
 from vllm.distributed.weight_transfer.base import WeightTransferInitInfo, WeightTransferUpdateInfo
+from vllm.exceptions import VLLMClientError
 from vllm.inputs.engine import tokens_input
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
@@ -209,7 +210,7 @@ class VllmCore(ABC):
     async def _guarded(self, prompt: list[int], params: Sequence[SamplingParams]) -> list[RequestOutput]:
         try:
             return await self._run(prompt, params)
-        except ValueError as error:
+        except (VLLMClientError, ValueError) as error:
             raise EngineError(f"vLLM refused a request: {error}") from error
         except (EngineDeadError, EngineGenerateError) as error:
             raise EngineDied(str(error)) from error

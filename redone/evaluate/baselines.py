@@ -8,19 +8,19 @@ left out.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from redone.api import EngineFleet
 from redone.errors import DataError
 from redone.evaluate.runner import Evaluation, Item, label_sets, normalise, reference_text
 from redone.types import Prompt
 
 Encode = Callable[[str], Sequence[int]]  # text -> token ids, nothing added
-SLICE_TOKENS = 8192  # tokens per scoring call: prompt log-probabilities cost one row of logits per token
+# (prompts, label token ids) -> [prompts, labels] summed log-probabilities of each label after each prompt
+Continuations = Callable[[Sequence[Prompt], Sequence[Sequence[int]]], NDArray[np.float64]]
 
 LABEL_LOGPROB = "label_logprob"
 CALIBRATED = "label_logprob_calibrated"
@@ -44,18 +44,15 @@ def constant_label(test: Sequence[Prompt]) -> Evaluation:
 def label_logprob(
     test: Sequence[Prompt],
     val: Sequence[Prompt],
-    engines: EngineFleet,
+    continuations: Continuations,
     encode: Encode,
     stop_token_id: int,
-    slice_tokens: int = SLICE_TOKENS,
 ) -> dict[str, Evaluation]:
     """For each test item the label whose tokens, stop token included, are likeliest after the prompt.
 
-    The labels are the texts of `val`'s references, as written there: nothing is chosen by looking at test
-    labels.
-    CALIBRATED subtracts from each label its mean log-probability over the validation prompts (so a label
-    that the
-    model always prefers loses that advantage). Report both; the better one is the baseline to beat.
+    The labels are the texts of `val`'s references, as written there: no test label is looked at.
+    CALIBRATED subtracts from each label its mean log-probability over the validation prompts, so a label
+    that the model always prefers loses that advantage. Report both; the better one is the one to beat.
     Raises DataError when no task has a label set, or a task of `test` has none in `val`.
     """
     plain: list[Item] = []
@@ -66,8 +63,8 @@ def label_logprob(
             raise DataError(f"task {task!r}: data.val has no label set for it to take labels from")
         labels = _spellings(validation[task])
         ids = [[*encode(label), stop_token_id] for label in labels]
-        prior = _label_logprobs(validation[task], ids, engines, slice_tokens).mean(axis=0)
-        logprobs = _label_logprobs(prompts, ids, engines, slice_tokens)
+        prior = continuations(validation[task], ids).mean(axis=0)
+        logprobs = continuations(prompts, ids)
         for prompt, row in zip(prompts, logprobs, strict=True):
             plain.append(_item(prompt, labels[int(row.argmax())]))
             calibrated.append(_item(prompt, labels[int((row - prior).argmax())]))
@@ -103,33 +100,6 @@ def _spellings(prompts: Sequence[Prompt]) -> list[str]:
         text = reference_text(prompt.reference)
         counts[normalise(text)][text] += 1
     return [counts[label].most_common(1)[0][0] for label in sorted(counts)]
-
-
-def _label_logprobs(
-    prompts: Sequence[Prompt], label_ids: Sequence[Sequence[int]], engines: EngineFleet, slice_tokens: int
-) -> NDArray[np.float64]:
-    """[prompts, labels] summed log-probabilities of each label's tokens after each prompt."""
-    sequences = [[*p.token_ids.tolist(), *ids] for p in prompts for ids in label_ids]
-    starts = [len(p.token_ids) for p in prompts for _ in label_ids]
-    sums: list[float] = []
-    for part in _slices(sequences, slice_tokens):
-        for logprobs in engines.score(sequences[part])[0]:
-            # logprobs[j] belongs to token j + 1, so the label's first token, at `start`, is entry start - 1.
-            start = starts[len(sums)]
-            sums.append(float(np.asarray(logprobs, dtype=np.float64)[start - 1 :].sum()))
-    return np.asarray(sums).reshape(len(prompts), len(label_ids))
-
-
-def _slices(sequences: Sequence[Sequence[int]], limit: int) -> Iterator[slice]:
-    """Consecutive runs of at most `limit` tokens (at least one sequence each)."""
-    first, tokens = 0, 0
-    for index, sequence in enumerate(sequences):
-        if index > first and tokens + len(sequence) > limit:
-            yield slice(first, index)
-            first, tokens = index, 0
-        tokens += len(sequence)
-    if first < len(sequences):
-        yield slice(first, len(sequences))
 
 
 def _item(prompt: Prompt, answer: str) -> Item:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
+from redone.api import TrainerGroup
 from redone.data.chat import Chat
 from redone.evaluate.baselines import constant_label, label_logprob, restrict
 from redone.evaluate.compare import compare
 from redone.evaluate.runner import Evaluation
 from redone.pipeline.train import RlRun
 from redone.record.summary import EvalResult, PairedResult, RunSummary
+from redone.types import Batch, Prompt, TrainGroup, Trajectory
 
 NAMES = {
     "constant": "constant label",
@@ -21,9 +26,9 @@ BEFORE, AFTER = "untrained, free generation", "trained, free generation"
 
 
 def baseline_evaluations(run: RlRun, chat: Chat, resumed: bool) -> dict[str, Evaluation]:
-    """evaluate.baselines on the test items, by the engines' present weights, which must be the untrained ones.
+    """evaluate.baselines on the test items, by the present weights, which must be the untrained ones.
 
-    After a resume the stored ones are read: the engines hold other weights then.
+    After a resume the stored ones are read: the trainer holds other weights then.
     """
     found: dict[str, Evaluation] = {}
     for name in NAMES:
@@ -37,17 +42,34 @@ def baseline_evaluations(run: RlRun, chat: Chat, resumed: bool) -> dict[str, Eva
         found["constant"] = constant_label(run.test)
     if "label_logprob" in wanted and not resumed:
         tokenizer = chat.tokenizer
-        with run.engines.awake(), run.observer.phase("baselines"):
+        with run.trainer.awake(), run.observer.phase("baselines"):
             found |= label_logprob(
                 run.test,
                 run.val,
-                run.engines,
+                lambda prompts, labels: continuation_logprobs(run.trainer, prompts, labels),
                 lambda text: tokenizer.encode(text, add_special_tokens=False),
                 tokenizer.eos_token_id,
             )
     for name, evaluation in found.items():
         evaluation.write(run.folder.path / "evals", f"baseline-{name}")
     return found
+
+
+def continuation_logprobs(
+    trainer: TrainerGroup, prompts: Sequence[Prompt], continuations: Sequence[Sequence[int]]
+) -> NDArray[np.float64]:
+    """[prompts, continuations] summed log-probabilities at temperature 1; each prompt is computed once."""
+    responses = [np.asarray(ids, np.int32) for ids in continuations]
+    groups = [
+        TrainGroup(
+            prompt_id=prompt.id,
+            prompt_ids=prompt.token_ids,
+            trajectories=tuple(Trajectory.unscored(ids) for ids in responses),
+        )
+        for prompt in prompts
+    ]
+    logprobs = trainer.logprobs(Batch.of(groups), temperature=1.0)
+    return np.asarray([[float(r.astype(np.float64).sum()) for r in group] for group in logprobs])
 
 
 def summarise_run(
@@ -60,7 +82,7 @@ def summarise_run(
     versions: Mapping[str, str],
     machine: Mapping[str, Any],
 ) -> RunSummary:
-    """Held-out results and their paired tests: the trained model against everything else on the same items."""
+    """Held-out results and paired tests: the trained model against everything else on the same items."""
     results, comparisons = [], []
     sides: list[tuple[str, Evaluation]] = []
     if before is not None:

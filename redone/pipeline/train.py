@@ -69,7 +69,7 @@ class RlRun:
         return before
 
     def go_on(self, state: DriverState) -> Evaluation | None:
-        """Load a checkpoint, bring the engines to it; returns the stored evaluation of the untrained model."""
+        """Load a checkpoint, bring the engines to it; returns the untrained model's stored evaluation."""
         with self.observer.phase("load"):
             self.trainer.load(str(self.folder.checkpoint(state.step) / "trainer"))
             self.stream.load_state_dict(state.stream)

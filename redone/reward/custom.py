@@ -91,8 +91,8 @@ def load_function(config: CustomReward) -> Callable[..., Any]:
         spec.loader.exec_module(module)
     if captured.error is not None:
         raise ConfigError(f"reward path={config.path} cannot be loaded: {captured}") from captured.error
-    function = getattr(module, config.name, None)
-    if not callable(function):
+    function: Callable[..., Any] | None = getattr(module, config.name, None)
+    if function is None or not callable(function):
         raise ConfigError(f"reward path={config.path} has no function {config.name}; set the reward's `name`")
     return function
 

@@ -69,7 +69,17 @@ CASES[1] += [
     ("parity cold", "parity", {**_ONE, "temperature": 0.7}),
     ("entropy gradient", "entropy_gradient", _ONE),
     ("kept reference", "kept_reference", _ONE),
+    (
+        "checkpoint before the first step",
+        "checkpoint",
+        {"kind": "moe", "save_layout": (1, 1, 1, 1), "load_layout": (1, 1, 1, 1), "steps": 0},
+    ),
     ("refusals", "refusals", _ONE),
+    *[
+        (f"attention {dtype} {form}", "attention", {"dtype": dtype, "varlen": form == "varlen"})
+        for dtype in ("float32", "bfloat16")
+        for form in ("blocks", "varlen")
+    ],
 ]
 CASES[2] += [
     ("entropy gradient TP2", "entropy_gradient", {"kind": "odd", "layout": (2, 1, 1, 1)}),

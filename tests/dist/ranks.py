@@ -30,7 +30,9 @@ class Group:
         return self.results[case]
 
 
-def run_cases(world: int, cases: Sequence[tuple[str, str, dict[str, Any]]], folder: Path, timeout_s: float) -> Group:
+def run_cases(
+    world: int, cases: Sequence[tuple[str, str, dict[str, Any]]], folder: Path, timeout_s: float
+) -> Group:
     """Run cases [(name, function in worker.py, arguments)] on `world` ranks.
 
     Raises RuntimeError with the failing rank's last lines when any rank fails or the time is over.

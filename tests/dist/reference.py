@@ -49,7 +49,9 @@ def load_model(path: str | Path) -> torch.nn.Module:
     return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").eval()
 
 
-def logprobs(model: torch.nn.Module, group: TrainGroup, trajectory: Trajectory, temperature: float = 1.0) -> Tensor:
+def logprobs(
+    model: torch.nn.Module, group: TrainGroup, trajectory: Trajectory, temperature: float = 1.0
+) -> Tensor:
     """[R] log-probabilities of one response, one ordinary sequence at a time."""
     ids = torch.from_numpy(np.concatenate([group.prompt_ids, trajectory.token_ids])).long()[None]
     scores = torch.log_softmax(model(ids).logits[0].float() / temperature, -1)
@@ -120,7 +122,7 @@ def train(model: torch.nn.Module, batches: list[Batch]) -> list[tuple[float, flo
 
 
 def folder_tensors(named: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Module names -> names in a model folder: transformers stacks experts in memory, the hub format does not."""
+    """Module names -> names in a model folder: transformers stacks experts in memory, not on disk."""
     result = {}
     for name, value in named.items():
         if name.endswith("experts.gate_up_proj"):

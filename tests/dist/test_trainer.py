@@ -83,6 +83,21 @@ def test_a_resumed_run_is_the_uninterrupted_run(group: Group, saved: str, loaded
     assert result["weights"] <= WEIGHT
 
 
+def test_a_checkpoint_before_the_first_step(world1: Group) -> None:
+    result = world1["checkpoint before the first step"]
+    assert result["loss"] <= 1e-5 and result["weights"] <= WEIGHT
+
+
+@pytest.mark.parametrize("form", ["blocks", "varlen"])
+@pytest.mark.parametrize(("dtype", "bound"), [("float32", 1e-6), ("bfloat16", 6e-3)])
+def test_shared_prefix_attention_equals_a_dense_mask(
+    world1: Group, dtype: str, bound: float, form: str
+) -> None:
+    errors = world1[f"attention {dtype} {form}"]
+    assert sorted(errors) == ["dk", "dq", "dv", "out"]
+    assert max(errors.values()) <= bound, errors
+
+
 def test_a_shifted_position_fails_parity(world1: Group) -> None:
     assert world1["parity shifted"] > 1000 * PARITY
 
@@ -121,6 +136,8 @@ def test_bf16_trains_close_to_fp32(world2: Group, case: str) -> None:
         ("unwritable", ("cannot save", "checkpoint")),
         ("unexportable", ("cannot export", "model")),
         ("unloadable", ("redone.json",)),
+        ("full", ("cannot save", "full", "File too large")),
+        ("full_export", ("cannot export", "full_model", "File too large")),
         ("missing", ("missing", "model.layers.1.self_attn.o_proj.weight")),
         ("misshapen", ("model.layers.1.self_attn.o_proj.weight", "(63, 128)", "(64, 128)")),
         ("unknown", ("q_proj.bias",)),
@@ -130,6 +147,10 @@ def test_bf16_trains_close_to_fp32(world2: Group, case: str) -> None:
 def test_refusals_name_what_is_wrong(world1: Group, what: str, words: tuple[str, ...]) -> None:
     message = world1["refusals"][what]
     assert all(word in message for word in words), message
+
+
+def test_a_failed_export_leaves_nothing(world1: Group) -> None:
+    assert world1["refusals"]["leftovers"] == "[]"
 
 
 def test_a_refused_step_changes_nothing(world1: Group) -> None:

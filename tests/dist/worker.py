@@ -1,4 +1,4 @@
-"""One rank of the distributed tests: `python worker.py job.json RANK`. Cases are the functions named in the job."""
+"""One rank of the distributed tests: `python worker.py job.json RANK`. Jobs name functions of this file."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import json
 import pickle
+import resource
 import sys
 import time
 from pathlib import Path
@@ -114,8 +115,11 @@ def max_diff(a: list[list[np.ndarray]], b: list[list[np.ndarray]]) -> float:
 
 
 def full_gradients(trainer: Any) -> dict[str, torch.Tensor]:
-    """Every gradient under its Hugging Face name, on rank 0. The distributed optimizer leaves each data-parallel
-    rank with its own reduced shard of every buffer; join the shards, then gather as the exporter gathers weights."""
+    """Every gradient under its Hugging Face name, on rank 0.
+
+    The distributed optimizer leaves each data-parallel rank with its own reduced shard of every buffer: join
+    the shards, then gather as the exporter gathers weights.
+    """
     from megatron.core.distributed.param_and_grad_buffer import shard_buffer
 
     for group in trainer.model.bucket_groups + trainer.model.expert_parallel_bucket_groups:
@@ -132,9 +136,7 @@ def full_gradients(trainer: Any) -> dict[str, torch.Tensor]:
 def relative_errors(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> dict[str, float]:
     """The worst |a - b| / |b| over tensors, and its name; exact zeros on both sides agree."""
     assert sorted(ours) == sorted(theirs), set(ours) ^ set(theirs)
-    errors = {
-        n: float((ours[n] - theirs[n]).norm() / theirs[n].norm().clamp(min=1e-12)) for n in theirs
-    }
+    errors = {n: float((ours[n] - theirs[n]).norm() / theirs[n].norm().clamp(min=1e-12)) for n in theirs}
     worst = max(errors, key=lambda n: errors[n])
     return {"worst": errors[worst], "name": worst}
 
@@ -249,18 +251,19 @@ def publish(kind: str, layout: Layout) -> dict[str, Any]:
     return result
 
 
-def checkpoint(kind: str, save_layout: Layout, load_layout: Layout) -> dict[str, Any]:
-    """Two steps, save, load in a fresh trainer, third step: against the uninterrupted Hugging Face run."""
+def checkpoint(kind: str, save_layout: Layout, load_layout: Layout, steps: int = 2) -> dict[str, Any]:
+    """`steps` steps, save, load in a fresh trainer, the rest: against the uninterrupted Hugging Face run."""
     data = load_reference(kind)
     path = str(FOLDER / f"checkpoint-{'-'.join(map(str, (*save_layout, *load_layout)))}")
     trainer = make_trainer(model_folder(kind), save_layout)
-    for batch in data["batches"][:2]:
+    for batch in data["batches"][:steps]:
         trainer.update(shard_of(trainer, batch)[1], trainer.cfg.algorithm)
     trainer.save(path)
     trainer.close()
     trainer = make_trainer(model_folder(kind), load_layout)
     trainer.load(path)
-    report = trainer.update(shard_of(trainer, data["batches"][2])[1], trainer.cfg.algorithm)
+    for batch in data["batches"][steps:]:
+        report = trainer.update(shard_of(trainer, batch)[1], trainer.cfg.algorithm)
     result: dict[str, Any] = {"loss": abs(report.loss - data["history"][2][0]), "lr": report.lr}
     ours = weights(trainer)
     if ours:
@@ -290,7 +293,9 @@ def bf16(kind: str, layout: Layout) -> dict[str, Any]:
     """Mixed precision: near fp32 log-probabilities, and an fp32 master weight (a tiny step is not lost)."""
     data = load_reference(kind)
     trainer = make_trainer(model_folder(kind), layout, dtype="bfloat16")
-    result: dict[str, Any] = {"logprobs": max_diff(gather_logprobs(trainer, data["batches"][0]), data["logprobs"])}
+    result: dict[str, Any] = {
+        "logprobs": max_diff(gather_logprobs(trainer, data["batches"][0]), data["logprobs"])
+    }
     norms = [
         trainer.update(shard_of(trainer, b)[1], trainer.cfg.algorithm).grad_norm for b in data["batches"]
     ]
@@ -300,8 +305,15 @@ def bf16(kind: str, layout: Layout) -> dict[str, Any]:
     return result
 
 
+def attention(dtype: str, varlen: bool) -> dict[str, float]:
+    """Attention functions alone; see attention_check.py."""
+    from attention_check import compare
+
+    return compare(getattr(torch, dtype), varlen)
+
+
 def refusals(kind: str, layout: Layout) -> dict[str, str]:
-    """The message of everything that must be refused; parameters stay as they were after a non-finite loss."""
+    """The message of everything that must be refused; a non-finite loss changes no parameter."""
     from safetensors.torch import load_file, save_file
 
     found = {}
@@ -324,6 +336,13 @@ def refusals(kind: str, layout: Layout) -> dict[str, str]:
     found["unwritable"] = _message(TrainerError, lambda: trainer.save(str(FOLDER / "file" / "checkpoint")))
     found["unexportable"] = _message(ModelError, lambda: trainer.export(str(FOLDER / "file" / "model")))
     found["unloadable"] = _message(TrainerError, lambda: trainer.load(str(FOLDER)))
+    # A write beyond this size fails as on a full disk, in the middle of a file.
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    found["full"] = _message(TrainerError, lambda: trainer.save(str(FOLDER / "full")))
+    found["full_export"] = _message(ModelError, lambda: trainer.export(str(FOLDER / "full_model")))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    found["leftovers"] = str([p.name for p in FOLDER.iterdir() if "full_model" in p.name])
     trainer.close()
     source = model_folder(kind)
     tensors = load_file(source / "model.safetensors")

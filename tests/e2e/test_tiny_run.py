@@ -1,4 +1,4 @@
-"""The main job on the tiny mixture of experts: it learns, it is exact at every step, it leaves what it promises."""
+"""The main job on the tiny mixture of experts: it learns, is exact at every step, leaves what it promises."""
 
 from __future__ import annotations
 
@@ -35,7 +35,9 @@ def our_processes(root: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def learned(workplace: Workplace) -> tuple[Workplace, subprocess.CompletedProcess[str]]:
-    done = workplace.redone(*workplace.run_args("learn", f"algorithm.total_steps={STEPS}", "checkpoint.every=5"))
+    done = workplace.redone(
+        *workplace.run_args("learn", f"algorithm.total_steps={STEPS}", "checkpoint.every=5")
+    )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return workplace, done
 
@@ -66,7 +68,12 @@ def test_run_folder_is_complete(learned: tuple[Workplace, subprocess.CompletedPr
     for name in ("config.yaml", "samples.jsonl", "ledger.jsonl", "summary.json", "report.html"):
         assert (run / name).stat().st_size > 0, name
     assert list((run / "tensorboard").glob("events.*"))
-    assert {p.name for p in (run / "logs").iterdir()} >= {"driver.log", "trainer-0.log", "trainer-1.log", "engine-0.log"}
+    assert {p.name for p in (run / "logs").iterdir()} >= {
+        "driver.log",
+        "trainer-0.log",
+        "trainer-1.log",
+        "engine-0.log",
+    }
     assert "svg" in (run / "report.html").read_text()
     assert "test" in done.stdout or "reward" in done.stdout
 
@@ -83,7 +90,9 @@ def test_export_loads_in_transformers(learned: tuple[Workplace, subprocess.Compl
     ids = tokenizer("hello", return_tensors="pt").input_ids
     answer = model.generate(ids, max_new_tokens=12, do_sample=False, pad_token_id=0)[0, ids.shape[1] :]
     text = tokenizer.decode(answer)
-    assert text.count(max(set(text), key=text.count)) >= 6, f"the exported model did not learn the letter: {text!r}"
+    assert text.count(max(set(text), key=text.count)) >= 6, (
+        f"the exported model did not learn the letter: {text!r}"
+    )
 
 
 def test_nothing_is_left_behind(learned: tuple[Workplace, subprocess.CompletedProcess[str]]) -> None:

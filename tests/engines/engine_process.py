@@ -42,13 +42,23 @@ class EngineProcess:
         return future
 
     def call(self, method: str, *args: Any) -> Any:
-        return self.submit(method, *args).result(timeout=180)
+        return self.submit(method, *args).result(timeout=300)
 
     def stop(self) -> None:
         self.call("close")
         self._pipe.send(None)
         self._process.join(timeout=30)
         assert self._process.exitcode == 0
+
+    def __enter__(self) -> EngineProcess:
+        return self
+
+    def __exit__(self, kind: object, *rest: object) -> None:
+        """Stop; after a failed test end the process (its subprocesses follow), so that pytest can leave."""
+        if kind is None:
+            self.stop()
+        else:
+            self._process.kill()
 
     def _read(self) -> None:
         try:

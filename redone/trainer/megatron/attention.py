@@ -1,10 +1,11 @@
-"""Attention over a packed row in which every response attends to its prompt and to itself, each prompt stored once.
+"""Attention over a packed row in which every response attends to its prompt and to itself.
 
-Three steps per layer: (1) every segment (prompt, response, padding) attends causally to itself; (2) the queries of all
-responses of a piece attend to their prompt's keys, computed once, never copied; (3) both are merged through their
-log-sum-exp. The backward runs the same kernels with the MERGED output and log-sum-exp, which is exact, because
-P = exp(S - lse_total) and D = rowsum(dO * O_total) hold for each part alone. (Letting autograd differentiate the merge
-would lose d(lse), which the flash kernels' backward ignores: wrong dq and dk with a right output.)
+Each prompt is stored and computed once. Three steps per layer: (1) every segment (prompt, response,
+padding) attends causally to itself; (2) the queries of all responses of a piece attend to their prompt's
+keys; (3) both are merged through their log-sum-exp. The backward runs the same kernels with the MERGED
+output and log-sum-exp, which is exact, because P = exp(S - lse_total) and D = rowsum(dO * O_total) hold for
+each part alone. (Letting autograd differentiate the merge would lose d(lse), which the flash kernels'
+backward ignores: wrong dq and dk with a right output.)
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from redone.trainer.megatron.attention_varlen import Varlen, VarlenSharedPrefixAttention, make_varlen
 from redone.types import Segment
 
 MAX_PADDING = 0.25  # segments of unlike length are batched together up to this share of padding
@@ -43,20 +45,6 @@ class Cross:
     length: int
     first: int
     last: int
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Varlen:
-    """The same plan as cumulative lengths, for variable-length flash kernels."""
-
-    cu_self: Tensor  # int32, ends of all segments in row order
-    max_self: int
-    responses: Tensor  # rows of all responses
-    prompts: Tensor  # rows of the prompts that have responses
-    cu_responses: Tensor  # int32, ends of each piece's responses
-    max_responses: int
-    cu_prompts: Tensor  # int32
-    max_prompts: int
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -93,7 +81,7 @@ def make_plan(segments: Sequence[Segment], device: torch.device) -> AttentionPla
         if s.responses
     )
     if device.type == "cuda":
-        return AttentionPlan(tuple(segments), (), crosses, _varlen(spans, crosses, device))
+        return AttentionPlan(tuple(segments), (), crosses, make_varlen(spans, crosses, device))
     blocks = tuple(_block(group) for group in _group_by_length(spans))
     return AttentionPlan(tuple(segments), blocks, crosses, None)
 
@@ -121,28 +109,6 @@ def _block(spans: Sequence[tuple[int, int]]) -> Block:
     index = (starts[:, None] + offsets[None]).masked_fill(~real, 0).flatten()
     slots = real.flatten().nonzero().squeeze(1)
     return Block(len(spans), length, index, slots, index[slots])
-
-
-def _varlen(spans: Sequence[tuple[int, int]], crosses: Sequence[Cross], device: torch.device) -> Varlen:
-    def ends(lengths: Sequence[int]) -> Tensor:
-        return torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(device)
-
-    def rows(ranges: Sequence[tuple[int, int]]) -> Tensor:
-        parts = [torch.arange(a, b) for a, b in ranges]
-        return (torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64)).to(device)
-
-    response_lengths = [c.last - c.first for c in crosses]
-    prompt_lengths = [c.length for c in crosses]
-    return Varlen(
-        cu_self=ends([n for _, n in spans]),
-        max_self=max(n for _, n in spans),
-        responses=rows([(c.first, c.last) for c in crosses]),
-        prompts=rows([(c.start, c.start + c.length) for c in crosses]),
-        cu_responses=ends(response_lengths),
-        max_responses=max(response_lengths, default=0),
-        cu_prompts=ends(prompt_lengths),
-        max_prompts=max(prompt_lengths, default=0),
-    )
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
@@ -174,7 +140,7 @@ def _tokens(x: Tensor, block: Block) -> Tensor:
 
 
 def _fold(x: Tensor, kv_heads: int) -> Tensor:
-    """[s, h, d] -> [1, kv_heads, (h / kv_heads) * s, d]: grouped queries become rows (non-causal calls only)."""
+    """[s, h, d] -> [1, kv_heads, (h / kv_heads) * s, d]: grouped queries become rows (non-causal only)."""
     s, h, d = x.shape
     return x.view(s, kv_heads, h // kv_heads, d).permute(1, 2, 0, 3).reshape(1, kv_heads, -1, d)
 
@@ -249,58 +215,6 @@ def _padded(x: Tensor, block: Block, fill: float) -> Tensor:
     return y.view(block.count, block.length, *x.shape[1:]).transpose(1, 2)
 
 
-class VarlenSharedPrefixAttention(torch.autograd.Function):
-    """The CUDA form: two variable-length flash calls. bf16 and fp16 only. THIS CLASS HAS NEVER RUN ON A GPU; the
-    index arithmetic was checked on CPU with an emulation of the kernels' contract."""
-
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float) -> Tensor:
-        p = plan.varlen
-        assert p is not None
-        flash = torch.ops.aten._flash_attention_forward
-        out, lse, *state = flash(
-            q, k, v, p.cu_self, p.cu_self, p.max_self, p.max_self, 0.0, True, False, scale=scale
-        )
-        states = [state[:2]]
-        if p.max_responses:
-            cross, part, *state = flash(
-                q[p.responses], k[p.prompts], v[p.prompts], p.cu_responses, p.cu_prompts,
-                p.max_responses, p.max_prompts, 0.0, False, False, scale=scale,
-            )  # fmt: skip
-            states.append(state[:2])
-            own = lse[:, p.responses]
-            total = torch.logaddexp(own, part)
-            merged = (
-                out[p.responses] * (own - total).exp().T[..., None]
-                + cross * (part - total).exp().T[..., None]
-            )
-            out, lse = out.clone(), lse.clone()
-            out[p.responses], lse[:, p.responses] = merged.to(out.dtype), total
-        ctx.save_for_backward(q, k, v, out, lse)
-        ctx.plan, ctx.scale, ctx.states = plan, scale, states
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
-        q, k, v, out, lse = ctx.saved_tensors
-        p, scale, grad = ctx.plan.varlen, ctx.scale, grads[0].contiguous()
-        flash = torch.ops.aten._flash_attention_backward
-        dq, dk, dv = flash(
-            grad, q, k, v, out, lse, p.cu_self, p.cu_self, p.max_self, p.max_self, 0.0, True, *ctx.states[0],
-            scale=scale,
-        )  # fmt: skip
-        if p.max_responses:
-            r = p.responses
-            gq, gk, gv = flash(
-                grad[r], q[r], k[p.prompts], v[p.prompts], out[r], lse[:, r].contiguous(), p.cu_responses,
-                p.cu_prompts, p.max_responses, p.max_prompts, 0.0, False, *ctx.states[1], scale=scale,
-            )  # fmt: skip
-            dq.index_add_(0, r, gq)
-            dk.index_add_(0, p.prompts, gk)
-            dv.index_add_(0, p.prompts, gv)
-        return dq, dk, dv, None, None
-
-
 def dense_attention(q: Tensor, k: Tensor, v: Tensor, segments: Sequence[Segment], scale: float) -> Tensor:
     """The definition: one [T, T] mask. Used for fp32 on CUDA and to test the others."""
     mask = torch.zeros(q.shape[0], q.shape[0], dtype=torch.bool, device=q.device)
@@ -349,5 +263,5 @@ class SharedPrefixCoreAttention(torch.nn.Module):
         elif q.dtype == torch.float32:
             out = dense_attention(q, k, v, plan.segments, self.scale)
         else:
-            out = VarlenSharedPrefixAttention.apply(q, k, v, plan, self.scale)
+            out = VarlenSharedPrefixAttention.apply(q, k, v, plan.varlen, self.scale)
         return out.reshape(out.shape[0], 1, -1)

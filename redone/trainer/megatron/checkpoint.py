@@ -47,7 +47,7 @@ class Meta:
 
 
 class InProcessSave(TorchDistSaveShardedStrategy):
-    """Megatron's own writer forks and spawns processes, which is unsafe beside gloo's threads and under Ray."""
+    """Megatron's own writer forks and spawns processes: unsafe beside gloo's threads and under Ray."""
 
     def save(self, sharded_state_dict: ShardedStateDict, checkpoint_dir: Path) -> None:
         state, _, _ = _replace_state_dict_keys_with_sharded_keys(
@@ -94,6 +94,7 @@ def save(path: str, module: torch.nn.Module, optimizer: Any, meta: Meta) -> None
     dist.broadcast_object_list(failure, src=0)
     if failure[0] is not None:
         raise TrainerError(f"cannot save to {path}: {failure[0]}")
+    _fill_optimizer_state(optimizer)
     try:
         dist_checkpointing.save(
             _state(module, optimizer, rng=True, is_loading=False), path, InProcessSave("torch_dist", 1)
@@ -103,7 +104,7 @@ def save(path: str, module: torch.nn.Module, optimizer: Any, meta: Meta) -> None
     except CheckpointException as error:
         causes = sorted({f"{type(e).__name__}: {e}" for e, _ in error.failures.values()})
         raise TrainerError(f"cannot save to {path}: {'; '.join(causes)}") from error
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # torch's own file writer raises RuntimeError
         raise TrainerError(f"cannot save to {path}: {error}") from error
     dist.barrier()
 
@@ -138,7 +139,7 @@ def _read_meta(folder: Path) -> Meta:
 
 
 def _fill_optimizer_state(optimizer: Any) -> None:
-    """A fresh torch AdamW has no state, and Megatron's loading path refuses that."""
+    """A fresh torch AdamW has no state, which Megatron cannot save or load into; zeros mean the same."""
     for part in inner_optimizers(optimizer):
         inner = part.optimizer
         for group in inner.param_groups:

@@ -23,7 +23,7 @@ IGNORED = ("rotary_emb.inv_freq",)
 
 
 def read_shape(folder: str | Path) -> ModelShape:
-    """Shape of the model in `folder`. Raises ModelError when config.json is missing, unreadable or unsupported."""
+    """Shape of the model in `folder`. Raises ModelError when config.json cannot be used."""
     path = Path(folder) / "config.json"
     try:
         return ModelShape.from_hf(json.loads(path.read_text()))
@@ -83,7 +83,7 @@ def _locate(folder: Path) -> dict[str, str]:
 
 
 def check_names(weights: Weights, shape: ModelShape) -> None:
-    """Refuse missing tensors, and tensors that we would ignore though they change the model (biases, adapters)."""
+    """Refuse missing tensors, and tensors that we would ignore though they change the model (biases)."""
     known = {name for rule in rules(shape) for name in rule.hf}
     missing = sorted(known - set(weights.files))
     if missing:
@@ -92,7 +92,8 @@ def check_names(weights: Weights, shape: ModelShape) -> None:
     unknown = sorted(n for n in weights.files if n not in known and not n.endswith(IGNORED))
     if unknown:
         raise ModelError(
-            f"{weights.folder}: {len(unknown)} tensors are not part of a {shape.family} model, first {unknown[0]}"
+            f"{weights.folder}: {len(unknown)} tensors are not part of a {shape.family} model,"
+            f" first {unknown[0]}"
         )
 
 

@@ -1,4 +1,4 @@
-"""Where Megatron-core runs: CUDA as it is, or unmodified on CPU + gloo through a shim that is inert on CUDA hosts.
+"""Where Megatron-core runs: on CUDA as it is, or unmodified on CPU + gloo through a shim.
 
 Megatron-core 0.16 names torch.cuda in about 150 places. On a host without CUDA, `install()` (1) replaces the
 torch.cuda functions that it calls and (2) defines a TorchFunctionMode that turns device="cuda" into "cpu" in
@@ -199,8 +199,9 @@ def _mend_megatron() -> None:
     if not _torch_adam():
         return
 
-    # Loading a fully_reshardable checkpoint copies every optimizer state key and fails with KeyError('step'), which
-    # torch's AdamW keeps per parameter; the step is restored from the parameter groups anyway.
+    # Loading a fully_reshardable checkpoint copies every optimizer state key and fails with
+    # KeyError('step'), which torch's AdamW keeps per parameter; the step is restored from the parameter
+    # groups anyway.
     def set_states(self: Any, model_param: torch.nn.Parameter, tensors: Mapping[str, torch.Tensor]) -> None:
         group, order = self.model_param_group_index_map[model_param]
         main = self.optimizer.param_groups[group]["params"][order]
@@ -212,7 +213,7 @@ def _mend_megatron() -> None:
 
 
 def _torch_adam() -> bool:
-    """Whether Megatron-core optimizes with torch's AdamW (neither TransformerEngine nor Apex is installed)."""
+    """Whether Megatron-core uses torch's AdamW (neither TransformerEngine nor Apex is installed)."""
     from megatron.core.optimizer import USING_PYTORCH_OPTIMIZER
 
     return bool(USING_PYTORCH_OPTIMIZER)

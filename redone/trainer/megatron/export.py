@@ -1,7 +1,7 @@
 """Gather the sharded model on rank 0 under Hugging Face names, and write Hugging Face folders.
 
-Names, shapes and holders are known on every rank, so nothing is negotiated: for each bucket every holder sends its
-shards to rank 0 in one message, and rank 0 joins them.
+Names, shapes and holders are known on every rank, so nothing is negotiated: for each bucket every holder
+sends its shards to rank 0 in one message, and rank 0 joins them.
 """
 
 from __future__ import annotations
@@ -9,13 +9,14 @@ from __future__ import annotations
 import json
 import shutil
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -88,10 +89,12 @@ class Exporter:
             if rule.expert is None:
                 if place.tensor == part:
                     return rank
-            elif place.expert_tensor == part:
-                if place.expert == rule.expert // (self.shape.num_experts // self.expert_ranks):
-                    return rank
+            elif place.expert_tensor == part and place.expert == self._expert_rank(rule.expert):
+                return rank
         raise ModelError(f"no rank holds part {part} of {rule.mcore}")
+
+    def _expert_rank(self, expert: int) -> int:
+        return expert // (self.shape.num_experts // self.expert_ranks)
 
     def _buckets(self, bucket_bytes: int) -> Iterator[list[Rule]]:
         width = next(iter(self.parameters.values())).element_size()
@@ -141,8 +144,8 @@ def write_folder(
 ) -> None:
     """Write a Hugging Face folder at `target`: `source`'s config and tokenizer files and the current weights.
 
-    Collective. Written under a temporary name and renamed at the end; an existing `target` is replaced only then.
-    Raises ModelError on every rank when rank 0 cannot write (a full disk, for instance).
+    Collective. Written under a temporary name and renamed at the end; an existing `target` is replaced only
+    then. Raises ModelError on every rank when rank 0 cannot write (a full disk, for instance).
     """
     target = Path(target)
     writer = FolderWriter(Path(source), target, max_shard_bytes) if dist.get_rank() == 0 else None
@@ -156,8 +159,10 @@ def write_folder(
 
 
 class FolderWriter:
-    """Collects tensors into safetensors files. The first OSError is kept for `finish`, because the other ranks
-    must be drained before anyone may stop."""
+    """Collects tensors into safetensors files.
+
+    The first error is kept for `finish`, because the other ranks must be drained before anyone may stop.
+    """
 
     def __init__(self, source: Path, target: Path, max_shard_bytes: int) -> None:
         self.source, self.target, self.limit = source, target, max_shard_bytes
@@ -168,11 +173,11 @@ class FolderWriter:
         self.error: str | None = None
         self._guard(self._copy_side_files)
 
-    def _guard(self, action: object, *args: object) -> None:
+    def _guard(self, action: Callable[[], None]) -> None:
         if self.error is None:
             try:
-                action(*args)  # type: ignore[operator]
-            except OSError as error:
+                action()
+            except (OSError, SafetensorError) as error:
                 self.error = str(error)
 
     def _copy_side_files(self) -> None:

@@ -1,10 +1,11 @@
 """The language-model head: log-probabilities and entropy of the rows that predict a response token.
 
-Only N response rows are projected, never the prompt. The vocabulary is split over the tensor-parallel ranks; sums over
-it are all-reduced, so values and gradients are those of the full softmax. Rows that pad the vocabulary are masked.
-With sequence parallelism the hidden states are gathered first, and their gradient is reduce-scattered.
-Backend "reference" is autograd over all rows at once; "chunked" keeps the logits of `chunk` rows alive at a time and
-recomputes them in the backward. Both return fp32 whatever the model's dtype.
+Only N response rows are projected, never the prompt. The vocabulary is split over the tensor-parallel
+ranks; sums over it are all-reduced, so values and gradients are those of the full softmax. Rows that pad
+the vocabulary are masked. With sequence parallelism the hidden states are gathered first, and their
+gradient is reduce-scattered. Backend "reference" is autograd over all rows at once; "chunked" keeps the
+logits of `chunk` rows alive at a time and recomputes them in the backward. Both return fp32 whatever the
+model's dtype.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
     reduce_from_tensor_model_parallel_region,
 )
@@ -42,7 +44,7 @@ class Head:
         temperature: float,
         entropy: Entropy,
     ) -> tuple[Tensor, Tensor | None]:
-        """hidden [T or T / tp, 1, H], weight [V / tp, H], rows and targets [N] -> log-probabilities and entropy, [N] fp32.
+        """hidden [T or T / tp, 1, H], weight [V / tp, H], rows and targets [N] -> log-probabilities, entropy.
 
         Entropy is None for "none" and carries no gradient for "value". Logits are divided by `temperature`.
         """
@@ -64,7 +66,7 @@ class Head:
 
 @dataclass(frozen=True, slots=True)
 class Vocab:
-    """This rank's slice of the vocabulary: ids [first, first + real); weight rows beyond `real` are padding."""
+    """This rank's slice of the vocabulary: ids [first, first + real); further weight rows are padding."""
 
     first: int
     real: int
@@ -112,7 +114,8 @@ def reference_logprobs(
     logprobs = reduce_from_tensor_model_parallel_region(picked) - lse
     if entropy == "none":
         return logprobs, logprobs.new_zeros(0)
-    p = (x - lse[:, None]).exp()
+    # Each rank sees only its slice's share of the gradient that flows through p into lse: sum them.
+    p = (x - copy_to_tensor_model_parallel_region(lse)[:, None]).exp()
     mean = reduce_from_tensor_model_parallel_region((p * x.masked_fill(p == 0, 0.0)).sum(-1))
     return logprobs, lse - mean
 

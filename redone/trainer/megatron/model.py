@@ -22,8 +22,11 @@ from redone.trainer.megatron.specs import HAVE_TE, block_spec
 
 
 class PackedRotary(RotaryEmbedding):
-    """Rotary table gathered by position. GPTModel hands its packed parameters to `get_rotary_seq_len` on every
-    pipeline stage, and whatever that returns to `forward`: so no global state, and recomputation is safe."""
+    """Rotary table gathered by position.
+
+    GPTModel hands its packed parameters to `get_rotary_seq_len` on every pipeline stage, and whatever that
+    returns to `forward`: so there is no global state, and recomputation is safe.
+    """
 
     def get_rotary_seq_len(self, *args: Any, **kwargs: Any) -> PackedRow:
         packed = kwargs.get("packed_seq_params", args[4] if len(args) > 4 else None)
@@ -37,7 +40,7 @@ class PackedRotary(RotaryEmbedding):
 
 
 class PackedGPTModel(GPTModel):
-    """GPTModel over packed rows; the last stage returns (logprobs [N], entropy [N] or an empty tensor), fp32."""
+    """GPTModel over packed rows; the last stage returns fp32 (logprobs [N], entropy [N] or [0])."""
 
     def __init__(self, config: TransformerConfig, head: Head, **kwargs: Any) -> None:
         super().__init__(config, position_embedding_type="rope", parallel_output=True, **kwargs)
@@ -68,8 +71,11 @@ class PackedGPTModel(GPTModel):
 
 
 def _leave_uninitialised(tensor: Tensor) -> Tensor:
-    """The weights are loaded next. perform_initialization=False would be wrong: Megatron then forgets to mark the
-    sharded parameters, and the gradient norm counts them on one rank only."""
+    """The weights are loaded next.
+
+    perform_initialization=False would be wrong: Megatron then does not mark the sharded parameters, and the
+    gradient norm counts them on one rank only.
+    """
     return tensor
 
 

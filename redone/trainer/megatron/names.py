@@ -1,8 +1,9 @@
 """One name table between Megatron-core and Hugging Face, used by import and by export.
 
-Every rule is a bijection between one Megatron tensor (before tensor-parallel sharding) and one or more Hugging Face
-tensors. Layouts: linear_qkv interleaves per key/value head [q_1 .. q_n | k | v]; linear_fc1 stacks [gate; up], and each
-tensor-parallel rank holds [gate_r; up_r]; embedding rows are padded to a multiple of the tensor-parallel size.
+Every rule is a bijection between one Megatron tensor (before tensor-parallel sharding) and one or more
+Hugging Face tensors. Layouts: linear_qkv interleaves per key/value head [q_1 .. q_n | k | v]; linear_fc1
+stacks [gate; up], and each tensor-parallel rank holds [gate_r; up_r]; embedding rows are padded to a
+multiple of the tensor-parallel size.
 """
 
 from __future__ import annotations
@@ -50,7 +51,12 @@ def rules(shape: ModelShape) -> tuple[Rule, ...]:
         table += _attention_rules(shape, layer)
         table += _expert_rules(shape, layer) if shape.num_experts else _dense_rules(shape, layer)
     table.append(
-        Rule(mcore="decoder.final_layernorm.weight", hf=("model.norm.weight",), hf_shapes=((h,),), last_stage=True)
+        Rule(
+            mcore="decoder.final_layernorm.weight",
+            hf=("model.norm.weight",),
+            hf_shapes=((h,),),
+            last_stage=True,
+        )
     )
     output = "model.embed_tokens.weight" if shape.tied_embeddings else "lm_head.weight"
     table.append(
@@ -106,7 +112,9 @@ def _attention_rules(shape: ModelShape, layer: int) -> list[Rule]:
     return table
 
 
-def _mlp_pair(ours: tuple[str, str], theirs: str, h: int, f: int, layer: int, expert: int | None) -> list[Rule]:
+def _mlp_pair(
+    ours: tuple[str, str], theirs: str, h: int, f: int, layer: int, expert: int | None
+) -> list[Rule]:
     return [
         Rule(
             mcore=ours[0],
@@ -186,7 +194,7 @@ def shard_shape(rule: Rule, shape: ModelShape, tp: int) -> tuple[int, ...]:
 
 
 def to_shard(rule: Rule, shape: ModelShape, tensors: Sequence[Tensor], tp: int, rank: int) -> Tensor:
-    """Hugging Face tensors -> the part of the Megatron tensor that tensor-parallel rank `rank` of `tp` holds."""
+    """Hugging Face tensors -> what tensor-parallel rank `rank` of `tp` holds of the Megatron tensor."""
     if rule.kind == "gate_up":
         return torch.cat([t.chunk(tp, 0)[rank] for t in tensors])
     full = tensors[0]
@@ -215,8 +223,5 @@ def from_shards(rule: Rule, shape: ModelShape, shards: Sequence[Tensor]) -> list
 def hf_tensors(shape: ModelShape) -> list[tuple[str, tuple[int, ...]]]:
     """Names and shapes of an exported model, in export order."""
     return [
-        pair
-        for rule in rules(shape)
-        if not rule.alias
-        for pair in zip(rule.hf, rule.hf_shapes, strict=True)
+        pair for rule in rules(shape) if not rule.alias for pair in zip(rule.hf, rule.hf_shapes, strict=True)
     ]

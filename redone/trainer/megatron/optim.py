@@ -14,8 +14,11 @@ from redone.config.schema import OptimConfig
 
 
 def learning_rate(step: int, optim: OptimConfig, total_steps: int) -> float:
-    """Rate of rollout step `step` (from 0): linear warm-up that reaches the peak at step lr_warmup_steps - 1, then
-    constant, or linear / cosine decay that reaches min_lr at the last of `total_steps`."""
+    """Rate of rollout step `step` (from 0).
+
+    Linear warm-up reaches the peak at step lr_warmup_steps - 1; then the rate is constant, or decays (linear,
+    cosine) to min_lr at the last of `total_steps`.
+    """
     if step < optim.lr_warmup_steps:
         return optim.lr * (step + 1) / optim.lr_warmup_steps
     if optim.lr_decay_style == "constant":
@@ -29,9 +32,9 @@ def learning_rate(step: int, optim: OptimConfig, total_steps: int) -> float:
 def build_optimizer(
     model: DistributedDataParallel, config: TransformerConfig, optim: OptimConfig, dtype: torch.dtype
 ) -> Any:
-    """AdamW with fp32 master weights and states, sharded over data-parallel ranks. No weight decay on 1-D parameters.
+    """AdamW with fp32 master weights and states, sharded over data-parallel ranks.
 
-    The weights must be loaded before: master weights are copied here.
+    1-D parameters have no weight decay. Weights must be loaded before: the master weights are copied here.
     """
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
@@ -59,10 +62,12 @@ def zero_grad(model: DistributedDataParallel, optimizer: Any) -> None:
     optimizer.zero_grad()
 
 
-def apply(optimizer: Any, lr: float) -> tuple[bool, float]:
-    """Clip and step. Returns (applied, gradient norm before clipping); not applied when the norm is not finite."""
+def apply(optimizer: Any, lr: float, weight_decay: float) -> tuple[bool, float]:
+    """Clip and step. Returns (applied, norm before clipping); not applied when that is not finite."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        # Megatron leaves the multipliers to its scheduler; without this, norm weights would decay too.
+        group["lr"] = lr * group["lr_mult"]
+        group["weight_decay"] = weight_decay * group["wd_mult"]
     # step() would clip by a non-finite norm and write NaN into every parameter.
     if optimizer.prepare_grads():
         return False, math.nan

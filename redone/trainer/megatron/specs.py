@@ -1,7 +1,8 @@
-"""Layer specifications: pure torch modules with TransformerEngine's parameter names, or TransformerEngine itself.
+"""Layer specifications: torch modules with TransformerEngine's parameter names, or TransformerEngine.
 
-Parameter names are the same on both sides (linear_qkv.layer_norm_weight, mlp.experts.linear_fc1.weight{i}), so one
-name table and one checkpoint format serve CPU and GPU. The TransformerEngine branch has never run on a GPU.
+Parameter names are the same on both sides (linear_qkv.layer_norm_weight, mlp.experts.linear_fc1.weight{i}),
+so one name table and one checkpoint format serve CPU and GPU. The TransformerEngine branch has never run on
+a GPU.
 """
 
 from __future__ import annotations

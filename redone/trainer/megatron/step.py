@@ -1,4 +1,4 @@
-"""One pass over a shard through Megatron's pipeline schedule: log-probabilities, or the loss and its gradients."""
+"""One pass over a shard through Megatron's pipeline schedule: log-probabilities, or loss and gradients."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def run(
     entropy: str,
     train: bool,
 ) -> list[Any]:
-    """Drive the schedule over `microbatches`; the second value of `loss` for each, on the last pipeline stage."""
+    """Drive the schedule; the second value of `loss` per micro-batch, on the last pipeline stage."""
     model.train(train)
 
     def forward_step(iterator: Iterator[Microbatch], module: torch.nn.Module) -> tuple[Any, Any]:
@@ -89,9 +89,7 @@ def forward_logprobs(model: torch.nn.Module, shard: Shard, temperature: float) -
 
 def holds_output() -> bool:
     """Last pipeline stage and tensor rank 0: one such rank per data-parallel replica."""
-    return (
-        parallel_state.is_pipeline_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0
-    )
+    return parallel_state.is_pipeline_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0
 
 
 @dataclass(slots=True)
@@ -148,7 +146,7 @@ def forward_backward(
 
 
 def loss_inputs(microbatch: Microbatch, output: Output) -> LossInputs:
-    """What the loss reads. Without old log-probabilities the current ones stand in (ratio 1, exactly on-policy)."""
+    """What the loss reads. Without old log-probabilities the current ones stand in (ratio 1, on-policy)."""
     where = output[0].device
     logprobs, entropy = output
 

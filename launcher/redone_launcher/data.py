@@ -1,0 +1,58 @@
+"""`redone data`: the quickstart's model and data, public data sets, and the audit of a run's ledger."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from redone.errors import RunFolderError
+
+PARTS = ("smollm2", "tweets", "tiny")
+
+
+def prepare(dest: Path, only: Sequence[str] | None) -> int:
+    """Fill `dest`/{smollm2-135m-instruct,tweets,tiny}. What is there is left alone. Raises DataError."""
+    from redone.data.prepare import prepare_tiny, prepare_tweets
+    from redone.data.smollm2 import prepare_smollm2
+
+    downloads = dest / "downloads"
+    makers: dict[str, Callable[[], Path]] = {
+        "smollm2": lambda: prepare_smollm2(dest / "smollm2-135m-instruct", downloads),
+        "tweets": lambda: prepare_tweets(dest / "tweets", downloads),
+        "tiny": lambda: prepare_tiny(dest / "tiny"),
+    }
+    for part in only or PARTS:
+        print(f"{part} ...", flush=True)
+        start = time.monotonic()
+        made = makers[part]()
+        print(f"{part}: {made} ({time.monotonic() - start:.0f} s)")
+    return 0
+
+
+def fetch(name: str | None, dest: Path) -> int:
+    """Download one public data set into `dest`/<name>; without a name, list them."""
+    from redone.data.fetch import DATASETS, fetch_dataset
+
+    if name is None:
+        for known in DATASETS.values():
+            print(f"{known.name:<10} {known.licence:<12} {known.about}")
+        return 0
+    for path in fetch_dataset(name, dest / name):
+        print(path)
+    return 0
+
+
+def audit(folder: Path) -> int:
+    """Print the problems of `folder`/ledger.jsonl; 1 when there is one."""
+    from redone.data.ledger import audit as audit_ledger
+
+    ledger = folder / "ledger.jsonl"
+    if not ledger.is_file():
+        raise RunFolderError(f"{folder} has no ledger.jsonl; give the folder that `redone run` made")
+    problems = audit_ledger(ledger)
+    for problem in problems:
+        print(problem)
+    lines = sum(1 for _ in ledger.open(encoding="utf-8"))
+    print(f"{ledger}: {lines} records, {len(problems)} problems")
+    return 1 if problems else 0
