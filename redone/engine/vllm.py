@@ -27,6 +27,7 @@ from vllm.distributed.weight_transfer import WeightTransferEngine, WeightTransfe
 from vllm.distributed.weight_transfer.base import WeightTransferInitInfo, WeightTransferUpdateInfo
 from vllm.exceptions import VLLMClientError
 from vllm.inputs.engine import tokens_input
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 from vllm.outputs import RequestOutput
@@ -86,7 +87,7 @@ class ShmTransferEngine(WeightTransferEngine[ShmInitInfo, ShmUpdateInfo]):
 
     def finish_weight_update(self) -> None:
         finalize_layerwise_reload(self.model, self.model_config)
-        refresh_cpu_moe(self.model)
+        refresh_cpu_packing(self.model)
 
     def abort(self) -> None:
         """Give half-loaded layers their old tensors back.
@@ -104,15 +105,18 @@ class ShmTransferEngine(WeightTransferEngine[ShmInitInfo, ShmUpdateInfo]):
         """Nothing to release."""
 
 
-def refresh_cpu_moe(model: torch.nn.Module) -> None:
-    """Pack the experts' weights for the CPU kernel again.
+def refresh_cpu_packing(model: torch.nn.Module) -> None:
+    """Pack the experts' and the language-model head's weights for the CPU kernels again.
 
-    vLLM 0.32 stores reloaded experts unpacked and computes with them as if they were packed: wrong by about
-    1 nat, without an error.
+    vLLM 0.32 stores reloaded experts unpacked and computes with them as if they were packed (wrong by about
+    1 nat), and keeps the packed head of a model with tied embeddings as it was; both without an error.
     """
     if not current_platform.is_cpu():
         return
     for module in model.modules():
+        if isinstance(module, ParallelLMHead):
+            # With tied embeddings no tensor of that name arrives: its packed copy would keep the old weights.
+            module.quant_method.process_weights_after_loading(module)
         kernel = getattr(getattr(module, "quant_method", None), "moe_kernel", None)
         if kernel is not None and hasattr(module, "w13_weight"):
             kernel.fused_experts.process_weights_after_loading(module)

@@ -42,8 +42,13 @@ class RunFolder:
 
     @staticmethod
     def create(cfg: Config) -> RunFolder:
-        """A new folder `run.dir/run.name`. Raises RunFolderError when it exists."""
+        """A new folder `run.dir/run.name`, in the place of one whose run never reached its first metrics.
+
+        Raises RunFolderError when a run is there already.
+        """
         path = Path(cfg.run.dir) / cfg.run.name
+        if never_began(path):
+            shutil.rmtree(path)
         if path.exists():
             raise RunFolderError(
                 f"run folder {path} exists; remedy: --resume {path} to continue it, or another run.name"
@@ -111,6 +116,12 @@ class RunFolder:
             path, size = self.path / name, state.stream_bytes.get(name, 0)
             if path.exists() and path.stat().st_size > size:
                 os.truncate(path, size)
+
+
+def never_began(path: Path) -> bool:
+    """A run folder of ours without metrics: its run failed while starting."""
+    metrics = path / "metrics.jsonl"
+    return (path / "config.yaml").is_file() and not (metrics.exists() and metrics.stat().st_size)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -50,7 +50,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _start(models: Path, world: int) -> Group:
     from cases import CASES
 
-    return run_cases(world, CASES[world], models / f"world{world}", timeout_s=240)
+    return run_cases(world, CASES[world], models / f"world{world}", timeout_s=420)
 
 
 @pytest.fixture(scope="session")
