@@ -36,7 +36,8 @@ def explain(peer: Peer, method: str, error: RayError, kind: type[RedoneError]) -
     if isinstance(error, RayTaskError):
         cause = error.cause
         if isinstance(cause, RedoneError):
-            return type(cause)(f"{peer.name}: {cause}")
+            said = str(cause)
+            return type(cause)(said if said.startswith(peer.name) else f"{peer.name}: {said}")
         return kind(
             f"{peer.name} failed in {method}: {type(cause).__name__}: {cause}. Traceback: {peer.log_path}"
         )

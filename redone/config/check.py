@@ -161,7 +161,16 @@ def _engines(cfg: Config) -> Iterator[str]:
             f"rollout.tensor_model_parallel_size={tensor} with rollout.engine.in_process=true; use 1, or "
             "false"
         )
+    if c.nodes > 1 and cfg.weights.channel == "shm":
+        yield (
+            f"cluster.nodes={c.nodes}: weights.channel=shm reaches one node only, and no other "
+            "channel exists yet; use cluster.nodes=1"
+        )
     if c.device != "cuda":
+        if r.engine.block_size is not None and r.engine.block_size % 32:
+            yield (
+                f"rollout.engine.block_size={r.engine.block_size}: vLLM on CPU takes multiples of 32; use 32"
+            )
         return
     if c.gpus_per_node % tensor:
         yield (

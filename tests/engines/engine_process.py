@@ -47,7 +47,7 @@ class EngineProcess:
     def stop(self) -> None:
         self.call("close")
         self._pipe.send(None)
-        self._process.join(timeout=30)
+        self._process.join(timeout=120)
         assert self._process.exitcode == 0
 
     def __enter__(self) -> EngineProcess:

@@ -112,6 +112,14 @@ def test_concurrent_prompts_keep_their_own_results(live: LiveEngine) -> None:
         )
 
 
+def test_more_prefill_than_one_step_takes(live: LiveEngine) -> None:
+    """48 distinct prompts of 120 tokens exceed the 4096 tokens of a step: whole prompts wait, none is cut."""
+    prompts = [[3 + (i * (j + 1) + j) % 90 for j in range(120)] for i in range(48)]
+    futures = [live.process.submit("generate", p, _sampling(8), [i]) for i, p in enumerate(prompts)]
+    for prompt, future in zip(prompts, futures, strict=True):
+        assert worst_difference(live, prompt, future.result(timeout=120)[0]) <= TOLERANCE
+
+
 def test_score_is_raw_and_ignores_the_prefix_cache(live: LiveEngine) -> None:
     live.generate(LONG, [1])  # the prefix is cached now
     sequences = [LONG, LONG[:40], [9, 8]]

@@ -61,6 +61,8 @@ def test_a_legal_configuration_passes_in_silence() -> None:
         ),
         ({"algorithm__ppo_mini_batch_size": 7}, "algorithm.ppo_mini_batch_size=7; use 8"),
         ({"rollout__n": 1}, "rollout.n=1: a group's advantage"),
+        ({"rollout__engine": {"block_size": 48}}, "block_size=48: vLLM on CPU takes multiples of 32"),
+        ({"cluster__nodes": 2}, "cluster.nodes=2: weights.channel=shm"),
         (
             {"trainer__max_token_len_per_rank": 119},
             "exceeds trainer.max_token_len_per_rank=119; raise",
