@@ -90,7 +90,8 @@ def main() -> None:
     for run in result["runs"]:
         worst = max(c["p_value"] for c in run["against"].values())
         print(
-            f"seed {run['seed']}: {run['accuracy']:.3f} of {run['n']}, largest p {worst:.1e}, {run['seconds']:.0f} s"
+            f"seed {run['seed']}: {run['accuracy']:.3f} of {run['n']}, largest p {worst:.1e}, "
+            f"{run['seconds']:.0f} s"
         )
 
 
