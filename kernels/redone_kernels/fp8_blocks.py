@@ -62,7 +62,7 @@ def _op(weights: list[Tensor]) -> tuple[Tensor, Tensor]:
         kernels.pack_fp8_blocks[(blocks,)](
             torch.tensor(table, dtype=torch.int64, device=device),
             torch.tensor(owner, dtype=torch.int32, device=device),
-            values, scales, BLOCK=BLOCK, FIELDS=launch.FP8_FIELDS, **launch.FP8_OPTIONS,
+            values, scales, ALIGNED=all(x % 16 == 0 for row in table for x in (row[0], row[2], row[3])), BLOCK=BLOCK, FIELDS=launch.FP8_FIELDS, ROUND=launch.INTERPRET, **launch.FP8_OPTIONS,
         )  # fmt: skip
     return values, scales
 

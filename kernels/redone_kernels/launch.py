@@ -57,7 +57,7 @@ MERGE_OPTIONS = {"num_warps": 4, **COMMON}
 SEGMENT_BLOCK = 1024
 SEGMENT_OPTIONS = {"num_warps": 4, **COMMON}
 FP8_BLOCK, FP8_FIELDS = 128, 6
-FP8_OPTIONS = {"num_warps": 8, **COMMON}
+FP8_OPTIONS = {"num_warps": 16, **COMMON}
 
 
 def runs_triton(x: Tensor) -> bool:

@@ -54,7 +54,7 @@ def _stats(
     parts = logits.new_empty(splits, 4, n, dtype=torch.float32)
     if n:
         kernels.logits_stats[(n, splits)](
-            logits, target, parts, n, real, split, logits.stride(0), vocab_start, LOG2E / temperature,
+            logits, target, parts, n, width, real, split, logits.stride(0), vocab_start, LOG2E / temperature,
             BLOCK=launch.ROW_BLOCK, **launch.ROW_OPTIONS,
         )  # fmt: skip
     return parts

@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 NEG_INF = tl.constexpr(float("-inf"))
+FAR = tl.constexpr(-1000.0)  # 2^FAR is 0 in fp32
 
 
 @triton.jit
@@ -74,20 +75,21 @@ def linear_stats(
     z = tl.zeros((BM,), tl.float32)
     xs = _source(x_ptr, n, H, BM, BK, TMA)
     ws = _source(w_ptr, rows_w, H, BN, BK, TMA)
+    column = tl.where((column >= lo) & (column < hi), column, -1)
     for first in range(lo, hi, BN):
         x = _tile(xs, ws, first_row, first, n, rows_w, H, BM, BN, BK, UP, TMA) * scale
         c = first + tl.arange(0, BN)
-        inside = (c < hi)[None, :]
-        z += tl.sum(tl.where((c[None, :] == column[:, None]) & inside, x, 0.0), 1)
-        x = tl.where(inside, x, NEG_INF)
+        z += tl.sum(tl.where(c[None, :] == column[:, None], x, 0.0), 1)
+        x = tl.where((c < hi)[None, :], x, NEG_INF)
         top = tl.maximum(m, tl.max(x, 1))
         base = tl.where(top == NEG_INF, 0.0, top)
         keep = tl.exp2(m - base)
         d = x - base[:, None]
+        d = tl.where(d < FAR, FAR, d)  # 0 * -inf would be NaN; a selection keeps NaN, tl.maximum would not
         p = tl.exp2(d)
         if ENT:
             shift = tl.where(m == NEG_INF, 0.0, m - base)
-            b = (b + s * shift) * keep + tl.sum(p * tl.where(x == NEG_INF, 0.0, d), 1)
+            b = (b + s * shift) * keep + tl.sum(p * d, 1)
         s = s * keep + tl.sum(p, 1)
         m = top
     out = part_ptr + j.to(tl.int64) * 4 * n + rm

@@ -9,7 +9,7 @@ NEG_INF = tl.constexpr(float("-inf"))
 
 @triton.jit
 def logits_stats(
-    x_ptr, target_ptr, part_ptr, n, real, split, row_stride, vocab_start, scale, BLOCK: tl.constexpr
+    x_ptr, target_ptr, part_ptr, n, width, real, split, row_stride, vocab_start, scale, BLOCK: tl.constexpr
 ):  # fmt: skip
     """(m, s, b, z) of one row and one split of its columns; grid (n, splits). scale = log2(e) / temperature."""
     r = tl.program_id(0).to(tl.int64)
@@ -23,7 +23,9 @@ def logits_stats(
     b = tl.zeros((BLOCK,), tl.float32)
     for first in range(lo, hi, BLOCK):
         c = first + tl.arange(0, BLOCK)
-        x = tl.load(row + c, mask=c < hi, other=NEG_INF, eviction_policy="evict_first").to(tl.float32) * scale
+        # the load's mask ends at `width`, a multiple of 16 in real models: 16-byte loads need to know that
+        x = tl.load(row + c, mask=c < width, other=NEG_INF, eviction_policy="evict_first").to(tl.float32)
+        x = tl.where(c < hi, x * scale, NEG_INF)
         top = tl.maximum(m, x)
         base = tl.where(top == NEG_INF, 0.0, top)
         shift = tl.where(m == NEG_INF, 0.0, m - base)
