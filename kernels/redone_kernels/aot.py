@@ -1,8 +1,8 @@
-"""Ahead-of-time compilation of every kernel x shipped configuration to sm_90a, and what its machine code holds.
+"""Every kernel x shipped configuration compiled ahead of time to sm_90a, and what its machine code holds.
 
-Needs no GPU: Triton's wheel brings ptxas and cuobjdump. `python -m redone_kernels.aot` prints one JSON object,
-kernel -> facts, which the tests hold against the golden table beside this file; `--write` renews the table.
-Must not run under TRITON_INTERPRET=1.
+Needs no GPU: Triton's wheel brings ptxas and cuobjdump. `python -m redone_kernels.aot [NAME ...]` prints one
+JSON object, kernel -> facts, which the tests hold against the golden table beside this file; `--write` renews
+the table. Must not run under TRITON_INTERPRET=1.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def _matrix_cases() -> Iterator[Case]:
 
 
 def _row_cases() -> Iterator[Case]:
-    for dtype, pointer in TYPES.items():
+    for pointer in TYPES.values():
         suffix = pointer.strip("*")
         signature = (
             {"x_ptr": pointer, "target_ptr": "*i64", "part_ptr": "*fp32"}
@@ -110,9 +110,13 @@ def _row_cases() -> Iterator[Case]:
             name = f"logits_backward_-{suffix}-{'entropy' if entropy else 'plain'}"
             constants = {"HAS_ENT": entropy, "BLOCK": launch.ROW_BLOCK}
             yield Case(name, logits.logits_backward_, signature, constants, launch.ROW_OPTIONS)
-    signature = {"part_ptr": "*fp32", "target_ptr": "*i64"} | _pointers("logprob_ptr entropy_ptr lse_ptr", "*fp32")
+    signature = {"part_ptr": "*fp32", "target_ptr": "*i64"} | _pointers(
+        "logprob_ptr entropy_ptr lse_ptr", "*fp32"
+    )
     signature |= _pointers("n parts", "i32")
-    yield Case("merge_stats", logits.merge_stats, signature, {"BLOCK": launch.MERGE_BLOCK}, launch.MERGE_OPTIONS)
+    yield Case(
+        "merge_stats", logits.merge_stats, signature, {"BLOCK": launch.MERGE_BLOCK}, launch.MERGE_OPTIONS
+    )
 
 
 def _token_cases() -> Iterator[Case]:
@@ -132,7 +136,13 @@ def _token_cases() -> Iterator[Case]:
     signature = _pointers("part_ptr out_ptr loss_ptr", "*fp32") | {"programs": "i32", "inv_denom": "fp32"}
     yield Case("dapo_loss-reduce", dapo_loss.reduce_parts, signature, constants, launch.DAPO_OPTIONS)
     block: dict[str, Any] = {"BLOCK": launch.SEGMENT_BLOCK}
-    signature = {"value_ptr": "*fp32", "mask_ptr": "*i1", "cu_ptr": "*i32", "sum_ptr": "*fp32", "count_ptr": "*fp32"}
+    signature = {
+        "value_ptr": "*fp32",
+        "mask_ptr": "*i1",
+        "cu_ptr": "*i32",
+        "sum_ptr": "*fp32",
+        "count_ptr": "*fp32",
+    }
     yield Case("segment_sum", segment_sum.segment_sum, signature, block, launch.SEGMENT_OPTIONS)
     signature = {"grad_ptr": "*fp32", "mask_ptr": "*i1", "cu_ptr": "*i32", "out_ptr": "*fp32"}
     yield Case("segment_sum-spread", segment_sum.segment_spread, signature, block, launch.SEGMENT_OPTIONS)

@@ -58,11 +58,13 @@ def _op(weights: list[Tensor]) -> tuple[Tensor, Tensor]:
     device = weights[0].device
     values = torch.empty(elements, dtype=torch.float8_e4m3fn, device=device)
     scales = torch.empty(blocks, dtype=torch.float32, device=device)
+    aligned = all(x % 16 == 0 for row in table for x in (row[0], row[2], row[3]))
     if blocks:
         kernels.pack_fp8_blocks[(blocks,)](
             torch.tensor(table, dtype=torch.int64, device=device),
             torch.tensor(owner, dtype=torch.int32, device=device),
-            values, scales, ALIGNED=all(x % 16 == 0 for row in table for x in (row[0], row[2], row[3])), BLOCK=BLOCK, FIELDS=launch.FP8_FIELDS, ROUND=launch.INTERPRET, **launch.FP8_OPTIONS,
+            values, scales, BLOCK=BLOCK, FIELDS=launch.FP8_FIELDS, ALIGNED=aligned, ROUND=launch.INTERPRET,
+            **launch.FP8_OPTIONS,
         )  # fmt: skip
     return values, scales
 

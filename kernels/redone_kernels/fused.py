@@ -1,4 +1,4 @@
-"""The head's matrix kernels as operators: `linear_stats` (forward), `linear_dlogits` (recomputing gradient)."""
+"""The head's matrix kernels as operators: `linear_stats` (forward) and `linear_dlogits` (gradient)."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ __all__ = ["linear_dlogits", "linear_stats"]
 def _check(hidden: Tensor) -> None:
     if not launch.runs_triton(hidden):
         raise ValueError(
-            f"the fused head needs a CUDA device and bf16 or fp32, got {hidden.device} {hidden.dtype}; use backend"
-            " 'chunked' (or TRITON_INTERPRET=1 for a slow run on CPU)"
+            f"the fused head needs a CUDA device and bf16 or fp32, got {hidden.device} {hidden.dtype};"
+            " use backend 'chunked' (or TRITON_INTERPRET=1 for a slow run on CPU)"
         )
 
 
@@ -30,9 +30,9 @@ def linear_stats(
     temperature: float,
     entropy: bool,
 ) -> Tensor:
-    """[S, 4, N] fp32 statistics (see reference.logits) of hidden [N, H] @ weight [V_local, H].T; no logits stored.
+    """[S, 4, N] fp32 statistics (see reference.logits) of hidden [N, H] @ weight [V_local, H].T.
 
-    S = ceil(V_local / split). Without `entropy` the third statistic is 0.
+    No logits are stored. S = ceil(V_local / split). Without `entropy` the third statistic is 0.
     """
     _check(hidden)
     from redone_kernels.jit import linear_logprob as kernels
@@ -80,7 +80,7 @@ def linear_dlogits(
     real: int,
     temperature: float,
 ) -> Tensor:
-    """[N, width] in hidden's dtype: gradient of the logits of local columns first .. first + width, recomputed."""
+    """[N, width] in hidden's dtype: gradient of the recomputed logits of columns first .. first + width."""
     _check(hidden)
     from redone_kernels.jit import linear_logprob as kernels
 
@@ -92,7 +92,8 @@ def linear_dlogits(
         kernels.linear_dlogits[(-(-n // config.rows), -(-width // config.columns))](
             hidden, weight, target, lse, entropy, grad_logprob, grad_entropy, out,
             n, weight.shape[0], real, first, width, out.stride(0), vocab_start, 1.0 / temperature,
-            H=h, HAS_ENT=grad_entropy is not None, UP=launch.INTERPRET, **config.constants(), **config.options(),
+            H=h, HAS_ENT=grad_entropy is not None, UP=launch.INTERPRET,
+            **config.constants(), **config.options(),
         )  # fmt: skip
     return out
 

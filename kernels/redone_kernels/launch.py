@@ -1,7 +1,7 @@
 """Where and how kernels run: the interpreter switch, static launch configurations, no autotuning.
 
-Tuning at run time would execute candidates on live (in-place) data and change the arithmetic of a row with the
-machine's mood. Configurations are tables; `aot` compiles every entry.
+Tuning at run time would execute candidates on live (in-place) data and change the arithmetic of a row
+with the machine's mood. Configurations are tables; `aot` compiles every entry.
 """
 
 from __future__ import annotations
@@ -70,10 +70,10 @@ def tile(table: dict[torch.dtype, TileConfig], x: Tensor) -> TileConfig:
     if INTERPRET:
         return INTERPRETER_TILE
     if x.dtype not in table:
-        raise ValueError(f"fused head: dtype {x.dtype} has no configuration; use one of {sorted(map(str, table))}")
+        raise ValueError(f"fused head: no configuration for {x.dtype}; use one of {sorted(map(str, table))}")
     config = table[x.dtype]
     if config.tma and (x.shape[1] * x.element_size()) % 16:
-        raise ValueError(f"fused head: hidden size {x.shape[1]} must be a multiple of 8; use backend 'chunked'")
+        raise ValueError(f"fused head: hidden size {x.shape[1]} is no multiple of 8; use backend 'chunked'")
     return config
 
 

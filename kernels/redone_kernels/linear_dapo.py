@@ -1,7 +1,7 @@
 """The token-level DAPO head with its gradient made in the forward: three matrix products instead of four.
 
-d loss / d logprob of a token depends on that token alone once the denominator is known, so a chunk's logits can
-become their own gradient before the next chunk is projected. Not valid for sequence-level ratios.
+d loss / d logprob of a token depends on that token alone once the denominator is known, so a chunk's logits
+can become their own gradient before the next chunk is projected. Not valid for sequence-level ratios.
 """
 
 from __future__ import annotations
@@ -49,9 +49,9 @@ def linear_dapo(
 ) -> DapoOut:
     """`dapo_loss` of `linear_logprob` (see both for shapes), gradients included, in one walk over the chunks.
 
-    hidden [N, H], weight [V_local, H]; rows with mask False may hold anything. With wgrad_out [V_local, H] fp32
-    the weight's gradient is added there in the FORWARD: scale by `denom`, for the gradient that arrives at
-    `loss` must then be 1 (checked on the device, without a synchronisation).
+    hidden [N, H], weight [V_local, H]; rows with mask False may hold anything. With wgrad_out [V_local, H]
+    fp32 the weight's gradient is added there in the FORWARD: scale by `denom`, for the gradient that arrives
+    at `loss` must then be 1 (checked on the device, without a synchronisation).
     """
     shard = Shard.of(weight, vocab_start, vocab_size, tp_group, SPLITS)
     tokens = {
@@ -59,7 +59,9 @@ def linear_dapo(
         "old": old_logprob, "advantage": advantage, "mask": mask & (target >= 0),
         "ref": ref_logprob, "rollout": rollout_logprob,
     }  # fmt: skip
-    walk = _Walk(shard, temperature, float(denom), cfg, chunk_tokens, wgrad_out, dhidden_reduce == "all_reduce")
+    walk = _Walk(
+        shard, temperature, float(denom), cfg, chunk_tokens, wgrad_out, dhidden_reduce == "all_reduce"
+    )
     return DapoOut(*_LinearDapo.apply(hidden.contiguous(), weight, tokens, walk))
 
 
@@ -86,9 +88,13 @@ class _LinearDapo(torch.autograd.Function):
         for i in range(0, hidden.shape[0], walk.chunk):
             rows = slice(i, min(i + walk.chunk, hidden.shape[0]))
             part = {k: None if v is None else v[rows] for k, v in tokens.items()}
-            logprob[rows], entropy[rows], grad_hidden[rows], sums = _chunk(hidden[rows], weight, part, walk, into)
+            logprob[rows], entropy[rows], grad_hidden[rows], sums = _chunk(
+                hidden[rows], weight, part, walk, into
+            )
             metrics.append(sums)
-        total = combine_metrics(torch.stack(metrics)) if metrics else hidden.new_zeros(len(METRICS), dtype=wide)
+        total = (
+            combine_metrics(torch.stack(metrics)) if metrics else hidden.new_zeros(len(METRICS), dtype=wide)
+        )
         ctx.ours = walk.weight_grad is None
         ctx.save_for_backward(grad_hidden, into if ctx.ours else None)
         ctx.dtype = weight.dtype
@@ -101,7 +107,12 @@ class _LinearDapo(torch.autograd.Function):
         if not ctx.ours:
             torch._assert_async(grad_loss == 1, "linear_dapo with wgrad_out: scale by denom, not the loss")
             return grad_hidden, None, None, None
-        return grad_hidden * grad_loss.to(grad_hidden.dtype), (grad_weight * grad_loss).to(ctx.dtype), None, None
+        return (
+            grad_hidden * grad_loss.to(grad_hidden.dtype),
+            (grad_weight * grad_loss).to(ctx.dtype),
+            None,
+            None,
+        )
 
 
 def _chunk(

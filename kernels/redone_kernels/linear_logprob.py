@@ -2,8 +2,8 @@
 
 Backend "reference" is the definition under autograd; "chunked" keeps the logits of `chunk_tokens` rows alive
 (matrix products of the library, one-pass row kernels); "fused" never stores logits in the forward and
-recomputes one split of the vocabulary at a time in the backward. Both of the latter recompute: nothing of size
-N x V is saved.
+recomputes one split of the vocabulary at a time in the backward. Both of the latter recompute: nothing of
+size N x V is saved.
 """
 
 from __future__ import annotations
@@ -76,7 +76,9 @@ def linear_logprob(
     if temperature <= 0:
         raise ValueError(f"temperature={temperature} must be > 0")
     if hidden.dtype != weight.dtype or hidden.shape[1:] != weight.shape[1:]:
-        raise ValueError(f"hidden {hidden.dtype} {tuple(hidden.shape)} against weight {weight.dtype} {tuple(weight.shape)}")
+        raise ValueError(
+            f"hidden {hidden.dtype} {tuple(hidden.shape)} against weight {weight.dtype} {tuple(weight.shape)}"
+        )
     if backend == "auto":
         backend = "fused" if hidden.is_cuda and hidden.dtype in launch.STATS_TILES else "chunked"
     if backend == "reference":
@@ -95,7 +97,12 @@ def linear_logprob(
 
 
 def _reference(
-    hidden: Tensor, weight: Tensor, target: Tensor, vocab_size: int | None, temperature: float, entropy: Entropy
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    vocab_size: int | None,
+    temperature: float,
+    entropy: Entropy,
 ) -> LogprobOut:
     keep = target >= 0
     hidden = torch.where(keep[:, None], hidden, torch.zeros_like(hidden))
@@ -120,7 +127,14 @@ def _parts(hidden: Tensor, weight: Tensor, target: Tensor, plan: _Plan) -> Tenso
     shard = plan.shard
     if plan.fused:
         return linear_stats(
-            hidden, weight, target, shard.start, shard.real, shard.split, plan.temperature, plan.entropy != "none"
+            hidden,
+            weight,
+            target,
+            shard.start,
+            shard.real,
+            shard.split,
+            plan.temperature,
+            plan.entropy != "none",
         )
     parts = hidden.new_empty(1, 4, hidden.shape[0], dtype=matmul.wide(hidden.dtype))
     for rows in _chunks(hidden.shape[0], plan.chunk):
@@ -180,9 +194,7 @@ def _chunked_grads(
     matmul.add_weight_grad(into, dlogits, x)
 
 
-def _fused_grads(
-    x: Tensor, weight: Tensor, values: list[Any], plan: _Plan, dx: Tensor, into: Tensor
-) -> None:
+def _fused_grads(x: Tensor, weight: Tensor, values: list[Any], plan: _Plan, dx: Tensor, into: Tensor) -> None:
     """`_chunked_grads`, one split of the vocabulary alive at a time."""
     shard = plan.shard
     for columns in _chunks(shard.width, shard.split):

@@ -35,7 +35,12 @@ def logits_stats(
     """
     width = logits.shape[1]
     return _stats(
-        logits, target, vocab_start, _real(width, vocab_start, vocab_size), temperature, split or max(width, 1)
+        logits,
+        target,
+        vocab_start,
+        _real(width, vocab_start, vocab_size),
+        temperature,
+        split or max(width, 1),
     )
 
 
@@ -61,16 +66,14 @@ def _stats(
 
 
 @_stats.register_fake
-def _(
-    logits: Tensor, target: Tensor, vocab_start: int, real: int, temperature: float, split: int
-) -> Tensor:
+def _(logits: Tensor, target: Tensor, vocab_start: int, real: int, temperature: float, split: int) -> Tensor:
     splits = max(-(-logits.shape[1] // split), 1)
     dtype = torch.promote_types(logits.dtype, torch.float32)
     return logits.new_empty(splits, 4, logits.shape[0], dtype=dtype)
 
 
 def merge_stats(parts: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """parts [S, 4, N] of all shards in vocabulary order, target [N] -> (logprob, entropy, lse), each fp32 [N].
+    """parts [S, 4, N] of all shards in vocabulary order, target [N] -> (logprob, entropy, lse), fp32 [N].
 
     Merged one after another: no atomics, the same bits every time and on every rank. Rows with a negative
     target give 0 in all three.

@@ -1,7 +1,7 @@
 """The three products of a head with fp32 results (fp64 for fp64 inputs), whatever the inputs' dtype.
 
-On CUDA they are cuBLAS with bf16 inputs and fp32 output. CPU PyTorch has no such product: inputs are widened a
-block of the vocabulary at a time, so that a bf16 weight is never copied whole.
+On CUDA they are cuBLAS with bf16 inputs and fp32 output. CPU PyTorch has no such product: inputs are
+widened a block of the vocabulary at a time, so that a bf16 weight is never copied whole.
 """
 
 from __future__ import annotations

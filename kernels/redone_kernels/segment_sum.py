@@ -20,8 +20,8 @@ class SegmentSums(NamedTuple):
 def segment_sum(values: Tensor, cu_seqlens: Tensor, mask: Tensor) -> SegmentSums:
     """Sums of values [N] over rows cu_seqlens[i] .. cu_seqlens[i + 1] where mask [N] bool is set.
 
-    cu_seqlens [S + 1] int32/int64, ascending, from 0 to N. Deterministic, where scatter_add on a GPU is not. A row outside
-    the mask may hold NaN and gets gradient 0. Definition: reference.segment_sum.
+    cu_seqlens [S + 1] int32/int64, ascending, from 0 to N. Deterministic, where scatter_add on a GPU is not.
+    A row outside the mask may hold NaN and gets gradient 0. Definition: reference.segment_sum.
     """
     if mask.shape != values.shape or mask.dtype != torch.bool:
         raise ValueError(f"mask must be bool {tuple(values.shape)}, is {mask.dtype} {tuple(mask.shape)}")

@@ -8,12 +8,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-SPLITS = 8  # of the whole vocabulary: shards of 1, 2, 4 or 8 ranks are whole splits, so they merge to the same bits
+SPLITS = 8  # of the whole vocabulary: 1, 2, 4 or 8 ranks hold whole splits, which merge to the same bits
 
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """This rank's rows of the head: global ids [start, start + real); weight rows beyond `real` are padding."""
+    """This rank's rows of the head: global ids [start, start + real); rows beyond `real` are padding."""
 
     start: int
     real: int
@@ -30,7 +30,6 @@ class Shard:
         ranks = 1 if group is None else dist.get_world_size(group)
         real = width if vocab_size is None else min(max(vocab_size - start, 0), width)
         return cls(start, real, width, max(-(-width * ranks // splits), 1), group)
-
 
     def gather(self, parts: Tensor) -> Tensor:
         """[S, 4, N] of this rank -> [ranks * S, 4, N] in vocabulary order, the same on every rank."""

@@ -22,8 +22,9 @@ def check_logprob(head: Head, rank: int, group: dist.ProcessGroup) -> None:
     hidden, weight = head.hidden.clone().requires_grad_(), head.weight[mine].clone()
     main_grad = torch.ones_like(weight)
     out = linear_logprob(
-        hidden, weight.requires_grad_(), head.target, vocab_start=rank * width, vocab_size=REAL, tp_group=group,
-        entropy="grad", backend="chunked", chunk_tokens=5, wgrad_out=main_grad, dhidden_reduce="all_reduce",
+        hidden, weight.requires_grad_(), head.target, vocab_start=rank * width, vocab_size=REAL,
+        tp_group=group, entropy="grad", backend="chunked", chunk_tokens=5,
+        wgrad_out=main_grad, dhidden_reduce="all_reduce",
     )  # fmt: skip
     assert out.entropy is not None
     assert worst(out.logprob, logprob) <= 1e-5 and worst(out.entropy, entropy) <= 1e-5

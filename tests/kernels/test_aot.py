@@ -1,6 +1,6 @@
 """Ahead-of-time gate: what sm_90a machine code the shipped kernels become, without a GPU.
 
-The kernels are compiled by `python -m redone_kernels.aot` in a process of its own (Triton keeps a disk cache).
+The kernels are compiled by `python -m redone_kernels.aot` in a process of its own (Triton caches on disk).
 The golden table belongs to one Triton version; `--write` renews it, and the difference shows in review.
 """
 
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-# Bytes of stack. The statistics of a 128 x 256 tile spill in their per-tile epilogue, outside the matrix loop.
+# Bytes of stack. The statistics of a 128 x 256 tile spill in the per-tile epilogue, not in the matrix loop.
 STACK = {"linear_stats-bf16-plain": 160, "linear_stats-bf16-entropy": 160}
 STACK_DEFAULT = 128
 SHARED_PER_SM = 227 * 1024
@@ -46,7 +46,7 @@ def golden(repo: Path) -> Table:
     from importlib.metadata import version
 
     file = repo / "kernels/redone_kernels" / f"golden_sm90a_triton-{version('triton')}.json"
-    assert file.exists(), f"no golden table for this Triton: python -m redone_kernels.aot --write makes {file.name}"
+    assert file.exists(), f"no {file.name}: python -m redone_kernels.aot --write makes it"
     table: Table = json.loads(file.read_text())
     return table
 

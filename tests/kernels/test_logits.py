@@ -45,9 +45,7 @@ def test_verl_logits_far_from_zero(shift: float, device: torch.device) -> None:
     logits = (torch.randn(4, 100) + shift).to(device)
     target = torch.randint(0, 100, (4,)).to(device)
     close(logits, target)
-    parts = torch.cat(
-        [logits_stats(logits[:, i : i + 50], target, vocab_start=i) for i in (0, 50)]
-    )
+    parts = torch.cat([logits_stats(logits[:, i : i + 50], target, vocab_start=i) for i in (0, 50)])
     for a, b in zip(merge_stats(parts, target), exact(logits, target), strict=True):
         assert worst(a, b) <= 1e-5 * max(1.0, float(logits.abs().max()))
 

@@ -17,7 +17,7 @@ def dapo_arguments(device: torch.device) -> tuple[Any, ...]:
     t = tokens(40, device)
     t = {k: v.nan_to_num() if v.is_floating_point() else v for k, v in t.items()}
     t["logprob"].requires_grad_()
-    names = "logprob old_logprob advantage mask ref_logprob rollout_logprob entropy".split()
+    names = ["logprob", "old_logprob", "advantage", "mask", "ref_logprob", "rollout_logprob", "entropy"]
     return (*(t[n] for n in names), 7.0, FLOATS, False, 3)
 
 

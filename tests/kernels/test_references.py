@@ -49,12 +49,14 @@ def test_dapo_gradcheck() -> None:
 
 
 def test_dapo_agrees_with_the_token_terms() -> None:
-    """Without weights and extra terms it is the masked mean of reference.dapo, the training loss' definition."""
+    """Without weights and extra terms it is the masked sum of reference.dapo over the denominator."""
     arguments = doubled(tokens(60, CPU))
     loss, _, _ = reference.dapo_loss(**arguments, denom=9.0, cfg=reference.DapoConfig(dual_clip=3.0))
     mask = arguments["mask"]
     rows = [arguments[k][mask] for k in ("logprob", "old_logprob", "advantage")]
-    assert float(reference.dapo(*rows, dual_clip=3.0).loss.sum() / 9.0) == pytest.approx(float(loss), rel=1e-12)
+    assert float(reference.dapo(*rows, dual_clip=3.0).loss.sum() / 9.0) == pytest.approx(
+        float(loss), rel=1e-12
+    )
 
 
 @pytest.mark.parametrize("backend", ["reference", "chunked"])
@@ -81,9 +83,7 @@ def test_linear_dapo_gradcheck() -> None:
     del arguments["logprob"], arguments["entropy"]
 
     def value(hidden: Tensor, weight: Tensor) -> Tensor:
-        return linear_dapo(
-            hidden, weight, head.target, **arguments, denom=3.0, cfg=FULL, chunk_tokens=3
-        ).loss
+        return linear_dapo(hidden, weight, head.target, **arguments, denom=3.0, cfg=FULL, chunk_tokens=3).loss
 
     assert torch.autograd.gradcheck(value, (head.hidden.requires_grad_(), head.weight.requires_grad_()))
 

@@ -140,7 +140,8 @@ def dapo_loss(
 
 @triton.jit
 def reduce_parts(
-    part_ptr, out_ptr, loss_ptr, programs, inv_denom, SUMS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr
+    part_ptr, out_ptr, loss_ptr, programs, inv_denom,
+    SUMS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """part [programs, WIDTH] -> out [WIDTH]: columns below SUMS added, the others' maximum, in a fixed order.
 

@@ -24,8 +24,8 @@ def pack_fp8_blocks(
     """One BLOCK x BLOCK block of one matrix; grid (blocks of all matrices,).
 
     table [matrices, FIELDS] int64: source address, rows, columns, first value, first scale, first block;
-    block [blocks] int32: the matrix each block belongs to. ALIGNED: every address, column count and first value
-    is a multiple of 16. ROUND: round before the cast, for the interpreter's cast loses carries.
+    block [blocks] int32: the matrix each block belongs to. ALIGNED: every address, column count and first
+    value is a multiple of 16. ROUND: round before the cast, for the interpreter's cast loses carries.
     """
     pid = tl.program_id(0)
     entry = table_ptr + tl.load(block_ptr + pid).to(tl.int64) * FIELDS

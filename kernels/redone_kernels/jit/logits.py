@@ -11,7 +11,7 @@ NEG_INF = tl.constexpr(float("-inf"))
 def logits_stats(
     x_ptr, target_ptr, part_ptr, n, width, real, split, row_stride, vocab_start, scale, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """(m, s, b, z) of one row and one split of its columns; grid (n, splits). scale = log2(e) / temperature."""
+    """(m, s, b, z) of one row and one split of it; scale = log2(e) / temperature. Grid (n, splits)."""
     r = tl.program_id(0).to(tl.int64)
     j = tl.program_id(1)
     row = x_ptr + r * row_stride

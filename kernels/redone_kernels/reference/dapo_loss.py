@@ -77,7 +77,13 @@ def _limit(x: Tensor) -> Tensor:
 
 
 def _slope(
-    new: Tensor, old: Tensor, adv: Tensor, weight: Tensor, terms: DapoTerms, ref: Tensor | None, cfg: DapoConfig
+    new: Tensor,
+    old: Tensor,
+    adv: Tensor,
+    weight: Tensor,
+    terms: DapoTerms,
+    ref: Tensor | None,
+    cfg: DapoConfig,
 ) -> Tensor:
     """[N] derivative of each row by its log-probability, undivided; what autograd makes of the loss."""
     flat = terms.clipped | terms.dual_clipped | ((new - old).abs() > RATIO_EXPONENT_LIMIT)
@@ -120,9 +126,7 @@ def dapo_loss(
     new, old, adv = clean(logprob), clean(old_logprob), clean(advantage)
     ref, ent = clean(ref_logprob), clean(entropy)
     rollout = clean(old_logprob if rollout_logprob is None else rollout_logprob)
-    terms = dapo(
-        new, old, adv, clip_low=cfg.clip_low, clip_high=cfg.clip_high, dual_clip=cfg.dual_clip
-    )
+    terms = dapo(new, old, adv, clip_low=cfg.clip_low, clip_high=cfg.clip_high, dual_clip=cfg.dual_clip)
     raw = _limit(old - rollout).exp()
     weight = torch.ones_like(new)
     capped = torch.zeros_like(mask)
@@ -133,7 +137,9 @@ def dapo_loss(
     kl = _kl(new, ref, cfg.kl) if ref_logprob is not None else zero
     rows = torch.where(mask, pg + cfg.kl_beta * kl - cfg.ent_coef * ent, zero)
     total = rows.sum()
-    grad = torch.where(mask, _slope(new, old, adv, weight, terms, ref if ref_logprob is not None else None, cfg), zero)
+    grad = torch.where(
+        mask, _slope(new, old, adv, weight, terms, ref if ref_logprob is not None else None, cfg), zero
+    )
     log_ratio = _limit(new - old)
     probe = (new + old + adv + ref + ent + rollout) * 0 + rows * 0
     sums = [

@@ -10,7 +10,7 @@ AMAX_FLOOR = 1e-4  # DeepGEMM's; keeps the scale of an all-zero block finite
 
 
 def pack_fp8_block(weight: Tensor, block: int = 128) -> tuple[Tensor, Tensor]:
-    """weight [R, C] floating -> (values [R, C] float8_e4m3fn, scales [ceil(R / block), ceil(C / block)] fp32).
+    """weight [R, C] floating -> (values [R, C] e4m3, scales [ceil(R / block), ceil(C / block)] fp32).
 
     scale = max(amax, 1e-4) / 448, value = round(w * (1 / scale)): bit for bit what vLLM's DeepGEMM path makes
     of an unquantised checkpoint (`per_block_cast_to_fp8`).

@@ -90,10 +90,10 @@ def logits_backward_(
 ) -> Tensor:
     """[N, V] gradient of the raw logits, written over `logits`, or into `out` (e.g. bf16) which is returned.
 
-    d logprob / dx = onehot - p;  d entropy / dx = -p (log p + entropy). Columns from `real` on and rows with a
-    negative target get exactly 0, whatever they held.
+    d logprob / dx = onehot - p;  d entropy / dx = -p (log p + entropy). Columns from `real` on and rows with
+    a negative target get exactly 0, whatever they held.
     """
-    n, width = logits.shape
+    width = logits.shape[1]
     real = width if real is None else real
     column = target - vocab_start
     x = logits if logits.dtype in (torch.float32, torch.float64) else logits.float()
