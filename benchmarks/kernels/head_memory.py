@@ -1,7 +1,7 @@
 """Peak resident memory of a head's forward and backward on CPU, whole logits against the chunked backend.
 
-python benchmarks/kernels/head_memory.py [N] [V] [H] [chunk]: each head in a process of its own; prints one JSON
-object. The peak is what the process grows by beyond its inputs, gradients included. Needs Linux.
+python benchmarks/kernels/head_memory.py [N] [V] [H] [chunk]: each head in a process of its own; prints one
+JSON object. The peak is what the process grows by beyond its inputs, gradients included. Needs Linux.
 """
 
 from __future__ import annotations
@@ -58,11 +58,14 @@ def measure(kind: str, n: int, v: int, h: int, chunk: int) -> dict[str, float]:
             entropy = -(logp.exp() * logp).sum(-1)
             logprob = logp.gather(1, target[:, None])[:, 0]
         else:
-            out = linear_logprob(hidden, weight, target, entropy="grad", backend="chunked", chunk_tokens=chunk)
+            out = linear_logprob(
+                hidden, weight, target, entropy="grad", backend="chunked", chunk_tokens=chunk
+            )
             logprob, entropy = out.logprob, out.entropy
         (logprob.sum() + entropy.sum() * 0.01).backward()
     return {
-        "bytes": float(peak.bytes), "seconds": time.monotonic() - start, "logprob": float(logprob.double().sum()),
+        "bytes": float(peak.bytes), "seconds": time.monotonic() - start,
+        "logprob": float(logprob.double().sum()),
         "dhidden": float(hidden.grad.double().norm()), "dweight": float(weight.grad.double().norm()),
     }  # fmt: skip
 
@@ -79,7 +82,9 @@ def main() -> None:
         )
         table[kind] = json.loads(done.stdout)
     table["ratio"] = table["naive"]["bytes"] / table["chunked"]["bytes"]
-    sys.stdout.write(json.dumps(dict(zip("NVH", sizes, strict=False)) | {"chunk": sizes[3]} | table, indent=1) + "\n")
+    sys.stdout.write(
+        json.dumps(dict(zip("NVH", sizes, strict=False)) | {"chunk": sizes[3]} | table, indent=1) + "\n"
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Head benchmarks: ours beside the copy and matmul ceilings, naive PyTorch, torch.compile and installed peers."""
+"""Head benchmarks: ours beside copy and matmul ceilings, naive PyTorch, torch.compile, installed peers."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def exact(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
 
 
 def ceilings(hidden: Tensor, weight: Tensor) -> list[Row]:
-    """Copy bandwidth and the head's own products, in the same process as everything that is compared with them."""
+    """Copy bandwidth and the head's own products, in the process of all that is compared with them."""
     n = hidden.shape[0]
     a = torch.empty(2**28, dtype=torch.float32, device="cuda")
     b = torch.empty_like(a)
@@ -58,12 +58,14 @@ def forward_rows(hidden: Tensor, weight: Tensor, target: Tensor, want: Tensor) -
     calls: dict[str, Callable[[], Tensor]] = {
         "naive": lambda: naive(hidden, weight, target)[0],
         "compiled": lambda: torch.compile(naive)(hidden, weight, target)[0],
-        "ours-chunked": lambda: linear_logprob(
-            hidden, weight, target, entropy="metric", backend="chunked", chunk_tokens=2048
-        ).logprob,
-        "ours-fused": lambda: linear_logprob(
-            hidden, weight, target, entropy="metric", backend="fused"
-        ).logprob,
+        "ours-chunked": lambda: (
+            linear_logprob(
+                hidden, weight, target, entropy="metric", backend="chunked", chunk_tokens=2048
+            ).logprob
+        ),
+        "ours-fused": lambda: (
+            linear_logprob(hidden, weight, target, entropy="metric", backend="fused").logprob
+        ),
         "ours-fused-no-entropy": lambda: linear_logprob(hidden, weight, target, backend="fused").logprob,
     }
     out = []
@@ -112,7 +114,7 @@ def training_rows(hidden: Tensor, weight: Tensor, target: Tensor) -> list[Row]:
 
 
 def peers(x: Tensor, w: Tensor, target: Tensor) -> dict[str, Callable[[], None]]:
-    """Cross-entropy heads of what happens to be installed; the others are absent from the table, not guessed."""
+    """Cross-entropy heads of what happens to be installed; the others are absent from the table."""
     found: dict[str, Callable[[], None]] = {}
     if importlib.util.find_spec("liger_kernel"):
         from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,11 +15,16 @@ from typing import Any
 import torch
 
 REPO = Path(__file__).parents[2]
-RESULTS = REPO / "benchmarks" / "results"
+RESULTS = Path(os.environ.get("REDONE_RESULTS", REPO / "benchmarks" / "results"))
 
 
 def commit() -> str:
-    """Short hash of a clean tree; SystemExit otherwise: a result without a commit is worth nothing."""
+    """Short hash of a clean tree; SystemExit otherwise: a result without a commit is worth nothing.
+
+    A copy of the tree that came without its history may name its commit in REDONE_COMMIT.
+    """
+    if not (REPO / ".git").exists() and (named := os.environ.get("REDONE_COMMIT")):
+        return named[:10]
 
     def git(*words: str) -> str:
         done = subprocess.run(["git", *words], cwd=REPO, capture_output=True, text=True)
@@ -27,8 +33,7 @@ def commit() -> str:
         return done.stdout.strip()
 
     head = git("rev-parse", "--short=10", "HEAD")
-    # the copy that a device machine gets may lack ignored folders, never tracked changes
-    if dirty := git("status", "--porcelain", "--untracked-files=no"):
+    if dirty := git("status", "--porcelain"):
         raise SystemExit(f"benchmarks: the tree has uncommitted changes, commit them first:\n{dirty}")
     return head
 

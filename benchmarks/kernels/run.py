@@ -1,6 +1,7 @@
-"""Times every kernel on this machine's CUDA device and writes benchmarks/results/<device>-<date>-<commit>.json.
+"""Times every kernel on this CUDA device and writes benchmarks/results/<device>-<date>-<commit>.json.
 
-python benchmarks/kernels/run.py [rows of the head, default 8192]. Refuses a tree without a commit or with changes.
+python benchmarks/kernels/run.py [rows of the head, default 8192]. Refuses a tree without a commit or with
+changes.
 """
 
 from __future__ import annotations

@@ -11,6 +11,8 @@ from redone_kernels.linear_logprob import LogprobOut, linear_logprob
 from redone_kernels.logits import merge_stats
 from torch import Tensor
 
+pytestmark = pytest.mark.gpu
+
 H, V = 2048, 151936
 ABSOLUTE = 2e-4  # of log-probabilities and entropy, |logit| <= 30
 Rows = tuple[Tensor, Tensor, Tensor]
