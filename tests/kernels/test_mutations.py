@@ -1,4 +1,4 @@
-"""The kernel tests can fail: each fault below, put into a copy of the kernels, fails the test named beside it."""
+"""The kernel tests can fail: each fault below, put into a copy, fails the test named beside it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ FAULTS = {
         f"{HEAD}::test_verl_out_of_range_columns",
     ),
     "head's maximum starts at 0": (
-        "linear_logprob", NO_START, NO_START.replace("NEG_INF", "0.0"), f"{HEAD}::test_verl_logits_near_minus_300",
+        "linear_logprob", NO_START, NO_START.replace("NEG_INF", "0.0"),
+        f"{HEAD}::test_verl_logits_near_minus_300",
     ),
     "rows' maximum starts at 0": (
         "logits", "m = tl.full((BLOCK,), NEG_INF, tl.float32)", "m = tl.full((BLOCK,), 0.0, tl.float32)",
