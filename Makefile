@@ -75,8 +75,10 @@ gpu-check:
 	@$(GPU_PYTHON) -c 'import importlib.util as u, sys; m = [n for n in ("torch", "triton", "pytest") if u.find_spec(n) is None]; \
 	sys.exit(m and "gpu-check: " + sys.executable + " lacks " + ", ".join(m) or 0)'
 	@$(GPU_PYTHON) -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else "gpu-check: torch sees no CUDA device")'
-	PYTHONPATH=.:kernels $(GPU_PYTHON) -m pytest tests/gpu -m gpu -q
-	for b in benchmarks/kernels/bench_*.py; do if [ -e "$$b" ]; then PYTHONPATH=.:kernels $(GPU_PYTHON) "$$b"; fi; done
+	PYTHONPATH=.:kernels $(GPU_PYTHON) -m pytest --confcutdir=tests/gpu -o addopts=--import-mode=importlib -q -m gpu tests/gpu
+	PYTHONPATH=.:kernels REDONE_KERNELS_DEVICE=cuda $(GPU_PYTHON) -m pytest --confcutdir=tests/kernels \
+		-o addopts=--import-mode=importlib -q -m "not slow" tests/kernels
+	PYTHONPATH=.:kernels $(GPU_PYTHON) benchmarks/kernels/run.py
 
 # Rewrites the pins. LOCK_FLAGS: e.g. --upgrade, or --find-links FOLDER where a folder holds the torch+cpu wheel.
 LOCK_FLAGS ?= --extra-index-url $(TORCH_CPU_INDEX) --index-strategy unsafe-best-match

@@ -11,7 +11,13 @@ EXTRAS = {
 }
 
 setup(
-    packages=[*find_packages(include=["redone", "redone.*"]), "redone_kernels", "redone_launcher"],
+    packages=[
+        *find_packages(include=["redone", "redone.*"]),
+        "redone_kernels",
+        "redone_kernels.jit",
+        "redone_kernels.reference",
+        "redone_launcher",
+    ],
     package_dir={
         "redone": "redone",
         "redone_kernels": "kernels/redone_kernels",
