@@ -7,7 +7,7 @@ EXTRAS = {
     "vllm": ["vllm==0.32.0"],
     "sglang": ["sglang==0.5.23"],
     "track": ["wandb>=0.20", "mlflow-skinny>=3"],
-    "dev": ["pytest", "hypothesis", "ruff", "mypy", "types-PyYAML"],
+    "dev": ["pytest", "hypothesis", "ruff", "mypy", "types-PyYAML", "if-verifiable"],
 }
 
 setup(
@@ -30,6 +30,10 @@ setup(
         "pyarrow",
         "sacrebleu",
         "rouge-score",
+        "jieba",
+        "langdetect",
+        "nltk",
+        "jsonschema",
         "tensorboard",
         "rich",
     ],

@@ -1,4 +1,4 @@
-"""The reward around the jail: references, code blocks, partial credit, refusals, faults that are not zeros."""
+"""The reward around the jail: references, code blocks, partial credit, refusals, faults."""
 
 from __future__ import annotations
 
@@ -51,7 +51,10 @@ def test_partial_credit_by_name() -> None:
 
 
 def test_set_up_prefix_and_objects() -> None:
-    code = "```\nclass P:\n    def __init__(self, x): self.x = x\ndef f(p, ps=()): return p.x + sum(q.x for q in ps)\n```"
+    code = (
+        "```\nclass P:\n    def __init__(self, x): self.x = x\n"
+        "def f(p, ps=()): return p.x + sum(q.x for q in ps)\n```"
+    )
     reference = {"tests": ["assert f(P(2), [P(3)]) == 5", "assert f(root) == 7"], "setup": "root = P(7)"}
     assert score(code, reference).raw == 1
     assert score(
