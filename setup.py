@@ -34,6 +34,8 @@ setup(
         "langdetect",
         "nltk",
         "jsonschema",
+        "rouge==1.0.1",
+        "demoji==1.1.0",  # 2.0 strips more, which moves SNS-Bench's released scores
         "tensorboard",
         "rich",
     ],

@@ -1,4 +1,4 @@
-"""Scores per second of the reward pool and of its parts: python benchmarks/reward.py [--seconds 5] [--workers 2]
+"""Scores per second of the reward pool and its parts: python benchmarks/reward.py [--seconds 5] [--workers 2]
 
 Prints one line per case: scores, wall seconds, scores per wall second, and per CPU second of all processes
 (which is what to read on a machine that others use too).

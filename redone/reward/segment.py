@@ -52,3 +52,10 @@ def cut(text: str) -> list[str]:
 def spaced(text: str) -> str:
     """A blank on both sides of every Han character: characters take the place of words."""
     return HAN.sub(lambda found: f" {found.group()} ", text)
+
+
+# the ranges of SNS-Bench's scorer, and `=`, each character a segment of its own
+HAN_RELEASED = re.compile(
+    "([=\u4e00-\u9fff\u3400-\u4dbf\U00020000-\U0002a6df\U0002a700-\U0002b73f\U0002b740-\U0002b81f"
+    "\U0002b820-\U0002ceaf\uf900-\ufaff\U0002f800-\U0002fa1f])"
+)
