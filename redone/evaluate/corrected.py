@@ -1,9 +1,9 @@
 """SNS-Bench scored as its tasks mean it: per item, without the released scorers' faults (released.py).
 
-What is mended: gold answers with commas, full stops or `end` can match; an answer that cannot be parsed is wrong
-instead of being left out; an empty gold list is right or wrong as a whole, so that always answering [] earns its
-share of empty golds and no recall; the last level counts only when it is the only one; listing everything earns
-nothing. Every score is a mean over items in [0, 1], times 100.
+What is mended: gold answers with commas, full stops or `end` can match; an answer that cannot be parsed is
+wrong instead of being left out; an empty gold list is right or wrong as a whole, so that always answering []
+earns its share of empty golds and no more; a level counts only when it is the only one; listing every
+candidate earns nothing. Every score is a mean over items in [0, 1], times 100.
 """
 
 from __future__ import annotations
@@ -79,9 +79,10 @@ def set_f1(found: Sequence[str], gold: set[str]) -> float:
     """1 iff both are empty when one is; 0 for more than twice as many as there are."""
     if not gold or not found:
         return float(not gold and not found)
-    if len(found) > 2 * len(gold):
+    distinct = set(found)
+    if len(distinct) > 2 * len(gold):
         return 0.0
-    return 2 * len(set(found) & gold) / (len(set(found)) + len(gold))
+    return 2 * len(distinct & gold) / (len(distinct) + len(gold))
 
 
 CORRECTED: dict[str, ItemScorer] = {
@@ -99,10 +100,10 @@ CORRECTED: dict[str, ItemScorer] = {
 
 
 def corrected(file: str, predictions: Sequence[str], rows: Sequence[Row]) -> Scores:
-    """{"corrected": mean, "corrected-balanced": mean over empty and non-empty golds} of one file, 0-100.
+    """{"corrected": mean, "corrected-balanced": mean of empty and non-empty golds} of one file, 0-100.
 
-    Balanced is what a constant [] cannot lift: it is given where the file has empty golds. Raises KeyError for
-    the two generative files, which have no corrected reading yet.
+    Balanced is what a constant [] cannot lift above 50: it is given where the file has empty golds. Raises
+    KeyError for the two generative files, which have no corrected reading yet.
     """
     score = CORRECTED[file]
     values = [score(p, row) for p, row in zip(predictions, rows, strict=True)]

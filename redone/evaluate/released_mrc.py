@@ -136,7 +136,7 @@ def mrc_complex(predictions: Sequence[str], rows: Sequence[Row]) -> Scores:
 def compare(
     gold: Sequence[dict[str, str]], found: Sequence[dict[str, str]], key: str, threshold: float
 ) -> tuple[float, float, float, float]:
-    """(mean best F1, mean exact match, share of found with a close gold, share of gold with a close found)."""
+    """(mean best F1, mean exact match, share of found near a gold, share of golds near a found)."""
     if not gold or not found:
         return (1, 1, 1, 1) if not gold and not found else (0, 0, 0, 0)
     golds = [normalise(item[key]) for item in gold]
@@ -154,7 +154,7 @@ def normalise(text: str) -> str:
 
 
 def closeness(gold: str, found: str) -> float:
-    """F1 of the longest common run of segments: Chinese characters and `=` each, all else in one piece."""
+    """F1 of the longest common run of segments: Chinese characters and `=` each, all else in one."""
     a, b = segments(gold), segments(found)
     longest, row = 0, [0] * (len(b) + 1)
     for x in a:
