@@ -15,13 +15,11 @@ import numpy as np
 from redone.config.schema import CustomReward, RewardConfig, RewardPoolConfig, SandboxReward
 from redone.reward.jail import START_S as SANDBOX_START_S
 from redone.reward.lane import Job, Lane
-from redone.reward.worker import make_reward
+from redone.reward.worker import NO_IDS, make_reward
 from redone.types import Completion, Prompt, Score
 
 BATCH = 128  # jobs that cross the socket together
 REMEMBERED = 4096  # prompts whose stripped copy is kept
-NO_IDS = np.zeros(0, dtype=np.int32)
-NO_LOGPROBS = np.zeros(0, dtype=np.float32)
 
 
 class RewardPool:
@@ -41,7 +39,7 @@ class RewardPool:
             gate = self._gates[loop] = asyncio.Semaphore(self._max_pending)
         async with gate:
             future: asyncio.Future[Score] = loop.create_future()
-            task = (prompt.reward, self._strip(prompt), strip_completion(completion))
+            task = (prompt.reward, self._strip(prompt), completion.text, completion.finish)
             self._lanes[prompt.reward].submit(Job(task, loop, future))
             return await future
 
@@ -87,12 +85,6 @@ class RewardPool:
         )
         self._stripped[id(prompt)] = (prompt, lean)
         return lean
-
-
-def strip_completion(completion: Completion) -> Completion:
-    return Completion(
-        token_ids=NO_IDS, text=completion.text, logprobs=NO_LOGPROBS, finish=completion.finish, versions=()
-    )
 
 
 def build_rewards(configs: Mapping[str, RewardConfig], pool: RewardPoolConfig | None = None) -> RewardPool:

@@ -16,6 +16,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 
+import numpy as np
+
 from redone.api import RewardFn
 from redone.config.schema import (
     CustomReward,
@@ -26,9 +28,12 @@ from redone.config.schema import (
     SandboxReward,
 )
 from redone.errors import ConfigError
-from redone.types import Completion, Prompt, Score
+from redone.types import Completion, Finish, Prompt, Score
 
-Task = tuple[str, Prompt, Completion]  # key of the reward, what it reads
+# key of the reward, the prompt, text and finish of the completion: what rewards read, and quick to pickle
+Task = tuple[str, Prompt, str, Finish]
+NO_IDS = np.zeros(0, dtype=np.int32)
+NO_LOGPROBS = np.zeros(0, dtype=np.float32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,15 +74,20 @@ def score_batch(rewards: Mapping[str, RewardFn], tasks: Sequence[Task]) -> tuple
     scores: list[Score] = []
     seconds: list[float] = []
     first = rewards[tasks[0][0]]
-    if isinstance(first, Custom) and all(rewards[key] is first for key, _, _ in tasks):
+    if isinstance(first, Custom) and all(rewards[task[0]] is first for task in tasks):
         start = time.perf_counter()
-        scores = first.score_many([p for _, p, _ in tasks], [c for _, _, c in tasks])
+        scores = first.score_many([task[1] for task in tasks], [completion_of(task) for task in tasks])
         return scores, [(time.perf_counter() - start) / len(tasks)] * len(tasks)
-    for key, prompt, completion in tasks:
+    for task in tasks:
         start = time.perf_counter()
-        scores.append(rewards[key].score(prompt, completion))
+        scores.append(rewards[task[0]].score(task[1], completion_of(task)))
         seconds.append(time.perf_counter() - start)
     return scores, seconds
+
+
+def completion_of(task: Task) -> Completion:
+    """As rewards see it: without tokens."""
+    return Completion(token_ids=NO_IDS, text=task[2], logprobs=NO_LOGPROBS, finish=task[3], versions=())
 
 
 class _Collect(logging.Handler):
