@@ -26,7 +26,7 @@ export VLLM_NO_USAGE_STATS ?= 1
 PYTEST = $(PY) -m pytest
 TYPED = redone/types.py redone/api.py redone/errors.py redone/config redone/algo redone/data redone/reward redone/weights
 
-.PHONY: help install quickstart test test-full gpu-check lint lock clean
+.PHONY: system-packages help install quickstart test test-full gpu-check lint lock clean
 
 help:
 	@echo "make quickstart  install, prepare model and data, train SmolLM2 on real tweets (CPU), print the result"
@@ -58,10 +58,21 @@ quickstart: install
 	$(VENV)/bin/redone data prepare --dest assets
 	$(VENV)/bin/redone run configs/quickstart/smollm2.yaml
 
-test: lint
+# Code rewards run in bubblewrap; the tests of it fail without.
+system-packages:
+	@if ! command -v bwrap >/dev/null; then \
+		if [ "$$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then \
+			echo "bubblewrap (bwrap) is missing and only root can install it, with apt: apt-get install bubblewrap" >&2; \
+			exit 1; \
+		fi; \
+		{ apt-get install -y -qq --no-install-recommends bubblewrap || { apt-get update -qq && \
+			apt-get install -y -qq --no-install-recommends bubblewrap; }; } >/dev/null; \
+	fi
+
+test: system-packages lint
 	$(PYTEST) -m "not slow and not gpu and not sglang"
 
-test-full: lint
+test-full: system-packages lint
 	$(PYTEST) -m "slow and not gpu and not sglang"
 
 lint: install

@@ -7,7 +7,7 @@ EXTRAS = {
     "vllm": ["vllm==0.32.0"],
     "sglang": ["sglang==0.5.23"],
     "track": ["wandb>=0.20", "mlflow-skinny>=3"],
-    "dev": ["pytest", "hypothesis", "ruff", "mypy", "types-PyYAML"],
+    "dev": ["pytest", "hypothesis", "ruff", "mypy", "types-PyYAML", "if-verifiable"],
 }
 
 setup(
@@ -36,6 +36,12 @@ setup(
         "pyarrow",
         "sacrebleu",
         "rouge-score",
+        "jieba",
+        "langdetect",
+        "nltk",
+        "jsonschema",
+        "rouge==1.0.1",
+        "demoji==1.1.0",  # 2.0 strips more, which moves SNS-Bench's released scores
         "tensorboard",
         "rich",
     ],

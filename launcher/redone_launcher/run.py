@@ -85,7 +85,7 @@ def load_inputs(cfg: Config) -> Inputs:
                 f"{cfg.data.max_prompt_length} were dropped"
             )
     val = sets["val"].prompts[: cfg.evaluate.max_items]
-    rewards = build_rewards(cfg.rewards)
+    rewards = build_rewards(cfg.rewards, cfg.reward_pool)
     return Inputs(
         chat=chat,
         train=sets["train"].prompts,

@@ -15,13 +15,14 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from redone.config.paths import field_at, known_keys, user_path, variants_with
-from redone.config.schema import SCHEMA_VERSION, Config
+from redone.config.paths import field_at, known_keys, user_path, variants_of, variants_with
+from redone.config.schema import SCHEMA_VERSION, Config, RewardConfig
 from redone.config.verl_keys import explain
 from redone.errors import ConfigError
 
 MAX_SHOWN = 15
 _DISCRIMINATORS = ("type", "family")
+_FAMILIES = ", ".join(variants_of(RewardConfig, None)[1])  # type: ignore[index]
 _LIMITS = {
     "greater_than": ("gt", ">"),
     "greater_than_equal": ("ge", ">="),
@@ -220,7 +221,7 @@ def _problems(error: ErrorDetails, values: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _choices(path: str) -> str:
-    return "use one of exact, custom" if path.startswith("rewards.") else "docs/config.md lists the choices"
+    return f"use one of {_FAMILIES}" if path.startswith("rewards.") else "docs/config.md lists the choices"
 
 
 def _leaves(path: str, value: Any) -> Iterator[str]:

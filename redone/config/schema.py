@@ -7,15 +7,37 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from redone.config.rewards import (
+    AnswerReward,
+    Check,
+    CustomReward,
+    ExactReward,
+    MetricReward,
+    PatternReward,
+    RewardBase,
+    RewardConfig,
+    RewardPoolConfig,
+    SandboxReward,
+)
+from redone.config.section import Section
+
+__all__ = [
+    "AnswerReward",
+    "Check",
+    "CustomReward",
+    "ExactReward",
+    "MetricReward",
+    "PatternReward",
+    "RewardBase",
+    "RewardConfig",
+    "RewardPoolConfig",
+    "SandboxReward",
+    "Section",
+]
 
 SCHEMA_VERSION = 1
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", validate_default=True, protected_namespaces=(), allow_inf_nan=False
-    )
 
 
 class RunConfig(Section):
@@ -66,33 +88,6 @@ class DataConfig(Section):
         None,
         description="`reference` or a key of extra_info: batches draw its values in turn (label balance).",
     )
-
-
-class RewardBase(Section):
-    threshold: float = Field(1.0, ge=0, le=1, description="raw >= threshold counts as correct.")
-    scale: float = Field(1.0, gt=0, description="value = scale * raw (before length shaping).")
-
-
-class ExactReward(RewardBase):
-    family: Literal["exact"] = "exact"
-    extract: Literal["none", "tag", "last_line", "box"] = Field(
-        "none", description="Where the answer stands."
-    )
-    tag: str = Field("answer", description="Tag name for extract=tag.")
-    ignore_case: bool = Field(True, description="Fold case.")
-    strip_punctuation: bool = Field(True, description="Drop ASCII and full-width punctuation at both ends.")
-    require_stop: bool = Field(True, description="A response cut by the length limit scores 0.")
-
-
-class CustomReward(RewardBase):
-    family: Literal["custom"] = "custom"
-    path: str = Field(description="Python file of the user.")
-    name: str = Field(
-        "compute_score", description="compute_score(data_source, solution_str, ground_truth, extra_info)."
-    )
-
-
-RewardConfig = Annotated[ExactReward | CustomReward, Field(discriminator="family")]
 
 
 class ClipRange(Section):
@@ -355,6 +350,7 @@ class Config(Section):
     model: ModelSection
     data: DataConfig
     rewards: dict[str, RewardConfig] = Field(description="Task name (or `default`) -> reward.")
+    reward_pool: RewardPoolConfig = RewardPoolConfig()
     algorithm: AlgorithmConfig = AlgorithmConfig()
     rollout: RolloutConfig = RolloutConfig()
     trainer: TrainerConfig = TrainerConfig()

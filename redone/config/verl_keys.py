@@ -148,9 +148,7 @@ _IMAGES = "multimodal inputs are not supported; remove the key"
 _AGENT = (
     "agentic multi-turn rollouts are not supported (fixed-history multi-turn prompts are); remove the key"
 )
-_REWARD_MODEL = (
-    "reward models are not supported; use rewards.<task>.family=exact or custom and remove the key"
-)
+_REWARD_MODEL = "reward models are not supported; choose another rewards.<task>.family and remove the key"
 
 # a component of a key -> why it is refused
 REFUSED: dict[str, str] = {

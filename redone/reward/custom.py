@@ -1,5 +1,4 @@
-"""The user's own reward: verl's compute_score(data_source, solution_str, ground_truth, extra_info) from a
-file."""
+"""The user's own reward from a file: verl's compute_score, or TRL's function of a batch."""
 
 from __future__ import annotations
 
@@ -7,7 +6,7 @@ import importlib.util
 import logging
 import numbers
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -42,6 +41,11 @@ class Custom:
     """A RewardFn. The function returns a number in [0, 1], or a mapping with such a number as `score`
     (further numbers become Score.parts). A raising function or another result is a failed score; its
     traceback is logged.
+
+    form=verl: compute_score(data_source=, solution_str=, ground_truth=, extra_info=).
+    form=trl: name(prompts=, completions=, **columns) -> one number (or None: failed) per completion; prompts
+    are lists of messages, completions [{role, content}], and columns are lists: ground_truth, data_source,
+    task and every key of extra_info.
     """
 
     def __init__(self, config: CustomReward) -> None:
@@ -49,7 +53,30 @@ class Custom:
         self._config = config
         self._compute = load_function(config)
 
+    def score_many(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[Score]:
+        """In order; one call for all with form=trl."""
+        if self._config.form == "verl":
+            return [self.score(p, c) for p, c in zip(prompts, completions, strict=True)]
+        result: Any = None
+        with Captured() as captured:
+            result = self._compute(
+                prompts=[[{"role": m.role, "content": m.content} for m in p.messages] for p in prompts],
+                completions=[[{"role": "assistant", "content": c.text}] for c in completions],
+                **columns(prompts),
+            )
+        if captured.error is not None:
+            return [self._raised(captured, prompts[0])] * len(prompts)
+        values = list(result) if isinstance(result, Sequence) and not isinstance(result, str) else None
+        if values is None or len(values) != len(prompts):
+            found = f"{self._config.name} returned {result!r:.80}, not {len(prompts)} numbers"
+            detail = f"{self._config.path}: {found}"
+            log.error("%s", detail)
+            return [failed(detail)] * len(prompts)
+        return [self._to_score(value) for value in values]
+
     def score(self, prompt: Prompt, completion: Completion) -> Score:
+        if self._config.form == "trl":
+            return self.score_many([prompt], [completion])[0]
         result: Any = None
         with Captured() as captured:
             result = self._compute(
@@ -59,13 +86,17 @@ class Custom:
                 extra_info=dict(prompt.extra),
             )
         if captured.error is not None:
-            trace = "".join(traceback.format_exception(captured.error))
-            log.error("%s raised on prompt %s:\n%s", self._config.path, prompt.id, trace)
-            return failed(f"{self._config.path}: {captured}")
+            return self._raised(captured, prompt)
         score = self._to_score(result)
         if score.status != "ok":
             log.error("%s on prompt %s: %s", self._config.path, prompt.id, score.detail)
         return score
+
+    def _raised(self, captured: Captured, prompt: Prompt) -> Score:
+        assert captured.error is not None
+        trace = "".join(traceback.format_exception(captured.error))
+        log.error("%s raised on prompt %s:\n%s", self._config.path, prompt.id, trace)
+        return failed(f"{self._config.path}: {captured}")
 
     def _to_score(self, result: Any) -> Score:
         parts: dict[str, float] = {}
@@ -76,6 +107,18 @@ class Custom:
         if not _is_number(raw):
             return failed(f"{self._config.path}: {self._config.name} returned {result!r:.80}, not a number")
         return make_score(float(raw), self._config, parts=parts)
+
+
+def columns(prompts: Sequence[Prompt]) -> dict[str, list[Any]]:
+    """TRL's keyword arguments: one list per column; None where a row lacks an extra_info key."""
+    names = dict.fromkeys(name for prompt in prompts for name in prompt.extra)
+    found: dict[str, list[Any]] = {str(n): [p.extra.get(n) for p in prompts] for n in names}
+    found.pop("prompts", None), found.pop("completions", None)
+    return found | {
+        "ground_truth": [p.reference for p in prompts],
+        "data_source": [p.data_source for p in prompts],
+        "task": [p.task for p in prompts],
+    }
 
 
 def load_function(config: CustomReward) -> Callable[..., Any]:

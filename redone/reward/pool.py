@@ -1,42 +1,128 @@
-"""All rewards of a run behind one coroutine; where a reward runs is decided here and nowhere else."""
+"""All rewards of a run behind one coroutine. None is computed in the caller's process or loop.
+
+Exact, metric and pattern rewards have a lane of worker processes per family; every sandbox and every reward
+of the user's has its own, so that a slow one holds up its own group and nothing else.
+"""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+from weakref import WeakKeyDictionary
 
-from redone.api import RewardFn
-from redone.config.schema import CustomReward, ExactReward, RewardConfig
-from redone.reward.custom import Custom
-from redone.reward.exact import Exact
+import numpy as np
+
+from redone.config.schema import CustomReward, RewardConfig, RewardPoolConfig, SandboxReward
+from redone.reward.jail import START_S as SANDBOX_START_S
+from redone.reward.lane import Job, Lane
+from redone.reward.worker import NO_IDS, make_reward
 from redone.types import Completion, Prompt, Score
+
+BATCH = 128  # jobs that cross the socket together
+REMEMBERED = 4096  # prompts whose stripped copy is kept
 
 
 class RewardPool:
-    """Cheap rewards run in line. The user's code runs in one thread of its own: one call at a time, and
-    generation goes on meanwhile."""
+    """Not bound to an event loop: every step of a run may have its own. Close it at the end."""
 
-    def __init__(self, inline: Mapping[str, RewardFn], threaded: Mapping[str, RewardFn]) -> None:
-        self._inline = dict(inline)
-        self._threaded = dict(threaded)
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="reward")
+    def __init__(self, lanes: Mapping[str, Lane], families: Mapping[str, str], max_pending: int) -> None:
+        """`lanes`: reward key -> lane. `families`: reward key -> name in the metrics."""
+        self._lanes, self._families, self._max_pending = dict(lanes), dict(families), max_pending
+        self._gates: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Semaphore] = WeakKeyDictionary()
+        self._stripped: dict[int, tuple[Prompt, Prompt]] = {}
 
     async def score(self, prompt: Prompt, completion: Completion) -> Score:
         """Never raises for one bad sample: its Score says status != "ok"."""
-        if prompt.reward in self._inline:
-            return self._inline[prompt.reward].score(prompt, completion)
-        reward = self._threaded[prompt.reward]
-        return await asyncio.get_running_loop().run_in_executor(
-            self._thread, reward.score, prompt, completion
-        )
+        loop = asyncio.get_running_loop()
+        gate = self._gates.get(loop)
+        if gate is None:
+            gate = self._gates[loop] = asyncio.Semaphore(self._max_pending)
+        async with gate:
+            future: asyncio.Future[Score] = loop.create_future()
+            task = (prompt.reward, self._strip(prompt), completion.text, completion.finish)
+            self._lanes[prompt.reward].submit(Job(task, loop, future))
+            return await future
+
+    def metrics(self) -> dict[str, float]:
+        """Per family, since the last call: seconds per score, scores, failures, timeouts."""
+        metrics: dict[str, float] = {}
+        for lane in dict.fromkeys(self._lanes.values()):
+            name = next(self._families[key] for key, other in self._lanes.items() if other is lane)
+            found = lane.take_latency()
+            if found.seconds or found.failed or found.timeouts:
+                seconds = np.asarray(found.seconds or [0.0])
+                metrics |= {
+                    f"reward_latency/{name}/mean_s": float(seconds.mean()),
+                    f"reward_latency/{name}/p95_s": float(np.quantile(seconds, 0.95)),
+                    f"reward_latency/{name}/max_s": float(seconds.max()),
+                    f"reward_latency/{name}/scores": float(len(found.seconds)),
+                    f"reward_latency/{name}/failed": float(found.failed),
+                    f"reward_latency/{name}/timeouts": float(found.timeouts),
+                }
+        return metrics
 
     def close(self) -> None:
-        self._thread.shutdown(wait=False, cancel_futures=True)
+        for lane in dict.fromkeys(self._lanes.values()):
+            lane.close()
+
+    def _strip(self, prompt: Prompt) -> Prompt:
+        """Without token ids: rewards read texts, and prompts are long."""
+        kept = self._stripped.get(id(prompt))
+        if kept is not None and kept[0] is prompt:
+            return kept[1]
+        if len(self._stripped) >= REMEMBERED:
+            self._stripped.clear()
+        lean = Prompt(
+            id=prompt.id,
+            task=prompt.task,
+            domain=prompt.domain,
+            data_source=prompt.data_source,
+            messages=prompt.messages,
+            token_ids=NO_IDS,
+            reference=prompt.reference,
+            reward=prompt.reward,
+            extra=prompt.extra,
+        )
+        self._stripped[id(prompt)] = (prompt, lean)
+        return lean
 
 
-def build_rewards(configs: Mapping[str, RewardConfig]) -> RewardPool:
-    """Raises ConfigError when a custom reward cannot be loaded."""
-    exact = {key: Exact(config) for key, config in configs.items() if isinstance(config, ExactReward)}
-    custom = {key: Custom(config) for key, config in configs.items() if isinstance(config, CustomReward)}
-    return RewardPool(inline=exact, threaded=custom)
+def build_rewards(configs: Mapping[str, RewardConfig], pool: RewardPoolConfig | None = None) -> RewardPool:
+    """Raises ConfigError when a reward cannot work here: the user's file does not load, no sandbox."""
+    pool = pool or RewardPoolConfig()
+    lanes: dict[str, Lane] = {}
+    families: dict[str, str] = {}
+    shared: dict[str, dict[str, RewardConfig]] = {}
+    try:
+        for key, config in configs.items():
+            families[key] = config.family
+            if isinstance(config, CustomReward):
+                families[key] = f"custom-{key}"
+                batch = BATCH if config.form == "trl" else 1
+                lanes[key] = Lane(
+                    {key: config}, workers=config.workers, batch=batch, timeout_s=config.timeout_s
+                )
+                lanes[key].start()
+            elif isinstance(config, SandboxReward):
+                families[key] = f"sandbox-{key}"
+                _probe(config)
+                limit = max(config.timeout_s, config.wall_s + SANDBOX_START_S)
+                lanes[key] = Lane({key: config}, workers=config.workers, batch=1, timeout_s=limit)
+            else:
+                make_reward(config)
+                shared.setdefault(config.family, {})[key] = config
+    except BaseException:
+        for lane in lanes.values():
+            lane.close()
+        raise
+    for members in shared.values():
+        limit = max(config.timeout_s for config in members.values())
+        lane = Lane(members, workers=pool.workers, batch=BATCH, timeout_s=limit)
+        lanes |= dict.fromkeys(members, lane)
+    return RewardPool(lanes, families, pool.max_pending)
+
+
+def _probe(config: SandboxReward) -> None:
+    from redone.reward.sandbox import Sandbox
+
+    Sandbox(config).probe()

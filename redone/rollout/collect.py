@@ -9,7 +9,7 @@ import asyncio
 import logging
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from redone.algo.select import refill_count, select_groups
 from redone.api import EngineFleet
@@ -102,7 +102,8 @@ async def _collect(
             break
         informative = sum(group.informative(filtering.eps) for group in tally.groups)
         count = refill_count(wanted, informative, tally.drawn)
-    return _result(tally, cfg, step)
+    result = _result(tally, cfg, step)
+    return replace(result, metrics=result.metrics | rewards.metrics())
 
 
 async def _run_prompt(

@@ -1,0 +1,143 @@
+"""Scores per second of the reward pool and its parts: python benchmarks/reward.py [--seconds 5] [--workers 2]
+
+Prints one line per case: scores, wall seconds, scores per wall second, and per CPU second of all processes
+(which is what to read on a machine that others use too).
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+
+from redone.config.schema import (
+    Check,
+    ExactReward,
+    MetricReward,
+    PatternReward,
+    RewardConfig,
+    RewardPoolConfig,
+    SandboxReward,
+)
+from redone.reward.pool import build_rewards
+from redone.reward.sandbox import Sandbox, Tests
+from redone.reward.worker import make_reward
+from redone.types import Completion, Prompt
+
+GROUP = 16  # responses per prompt
+EN = "The quick brown fox jumps over the lazy dog near the river bank on a sunny day."
+ZH = "今天的天气真不错，我们一起去公园散步吧！记得带上相机，樱花已经开了。"
+CHECKS = (
+    Check(kind="regex", args={"pattern": r"<answer>.*</answer>"}, gate=True),
+    Check(kind="forbidden", args={"words": ["sorry"]}),
+    Check(kind="count", args={"unit": "words", "max": 60}),
+)
+CASES: dict[str, tuple[RewardConfig, Any, str]] = {
+    "exact": (ExactReward(extract="tag"), "Paris", "I think so. <answer> paris. </answer>"),
+    "pattern": (PatternReward(checks=CHECKS), "", f"{EN} <answer>x</answer>"),
+    "bleu-en": (MetricReward(metrics=("bleu",)), EN, EN.replace("jumps", "leaps")),
+    "bleu-zh": (MetricReward(metrics=("bleu",)), ZH, ZH.replace("公园", "河边")),
+    "chrf-en": (MetricReward(metrics=("chrf",)), EN, EN.replace("jumps", "leaps")),
+}
+
+
+def make(reward: str, reference: Any, text: str, number: int) -> tuple[Prompt, list[Completion]]:
+    ids = np.zeros(64, dtype=np.int32)
+    prompt = Prompt(
+        id=str(number),
+        task="t",
+        domain="sns",
+        data_source="d",
+        messages=(),
+        token_ids=ids,
+        reference=f"{reference} {number % 7}" if reward.startswith(("bleu", "chrf")) else reference,
+        reward=reward,
+    )
+    logprobs = np.zeros(64, dtype=np.float32)
+    answers = [
+        Completion(
+            token_ids=ids,
+            text=f"{text} {i}"[: len(text) + 2 * (i > 7)],
+            logprobs=logprobs,
+            finish="stop",
+            versions=(),
+        )
+        for i in range(GROUP)
+    ]
+    return prompt, answers
+
+
+def cpu() -> float:
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
+
+
+def report(name: str, count: int, wall: float, used: float) -> None:
+    print(
+        f"{name:<16} {count:>8} {wall:8.2f} {count / wall:>10.0f}/s {count / used:>10.0f}/cpu-s", flush=True
+    )
+
+
+def in_line(name: str, seconds: float) -> None:
+    """The reward alone, in this process."""
+    config, reference, text = CASES[name]
+    reward = make_reward(config)
+    groups = [make(name, reference, text, i) for i in range(64)]
+    reward.score(groups[0][0], groups[0][1][0])
+    count, start, used = 0, time.perf_counter(), time.process_time()
+    while time.perf_counter() - start < seconds:
+        prompt, answers = groups[count // GROUP % len(groups)]
+        count += sum(reward.score(prompt, answer).status == "ok" for answer in answers)
+    report(name, count, time.perf_counter() - start, time.process_time() - used)
+
+
+def pooled(name: str, seconds: float, workers: int) -> None:
+    """Through the pool: worker processes, sockets, futures."""
+    config, reference, text = CASES[name]
+    pool = build_rewards({name: config}, RewardPoolConfig(workers=workers))
+    groups = [make(name, reference, text, i) for i in range(256)]
+
+    async def round() -> int:
+        scores = await asyncio.gather(*(pool.score(p, c) for p, answers in groups for c in answers))
+        return sum(score.status == "ok" for score in scores)
+
+    asyncio.run(round())
+    count, start, used = 0, time.perf_counter(), cpu()
+    while time.perf_counter() - start < seconds:
+        count += asyncio.run(round())
+    wall = time.perf_counter() - start
+    pool.close()  # only now the children's CPU time is known; it includes their start
+    report(f"pool {name}", count, wall, cpu() - used)
+
+
+def sandbox(seconds: float, workers: int) -> None:
+    box, tests = Sandbox(SandboxReward()), Tests(tests=("assert one() == 1",))
+    count, start, used = 0, time.perf_counter(), cpu()
+    with ThreadPoolExecutor(workers) as threads:
+        while time.perf_counter() - start < seconds:
+            done = threads.map(lambda _: box.score_program(tests, "def one(): return 1"), range(10))
+            count += sum(score.correct for score in done)
+    report("sandbox", count, time.perf_counter() - start, cpu() - used)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seconds", type=float, default=5.0)
+    parser.add_argument("--workers", type=int, default=2)
+    options = parser.parse_args()
+    print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, Python {sys.version.split()[0]}")
+    for name in CASES:
+        in_line(name, options.seconds)
+    for name in ("exact", "pattern", "bleu-en", "bleu-zh"):
+        pooled(name, options.seconds, options.workers)
+    sandbox(options.seconds, options.workers)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,197 @@
+"""IFEval's 25 instructions: constructed pairs, the loose reading, and agreement with a published package."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from redone.reward.ifeval import ABBREVIATIONS, INSTRUCTIONS, count_sentences, loose, strict
+
+EN = "The quick brown fox jumps over the lazy dog near the river bank."
+# instruction, arguments, a text that follows it, a text that does not
+PAIRS: list[tuple[str, dict[str, Any], str, str]] = [
+    ("keywords:existence", {"keywords": ["fox", "dog"]}, EN, EN.replace("dog", "cat")),
+    ("keywords:frequency", {"keyword": "o", "frequency": 3, "relation": "at least"}, EN, "the the"),
+    ("keywords:frequency", {"keyword": "o", "frequency": 3, "relation": "less than"}, "the", EN),
+    ("keywords:forbidden_words", {"forbidden_words": ["fox"]}, "foxes run", "a Fox runs"),
+    (
+        "keywords:letter_frequency",
+        {"letter": "O", "let_frequency": 4, "let_relation": "at least"},
+        EN,
+        "oops",
+    ),
+    (
+        "keywords:letter_frequency",
+        {"letter": "!", "let_frequency": 2, "let_relation": "less than"},
+        "a!",
+        "a!!",
+    ),
+    ("language:response_language", {"language": "de"}, "Das ist ein deutscher Satz über das Wetter.", EN),
+    ("length_constraints:number_sentences", {"num_sentences": 2, "relation": "at least"}, f"{EN} {EN}", EN),
+    ("length_constraints:number_sentences", {"num_sentences": 2, "relation": "less than"}, EN, f"{EN} {EN}"),
+    ("length_constraints:number_paragraphs", {"num_paragraphs": 2}, "a\n***\nb\n***\n", "a\n***\n***\nb"),
+    (
+        "length_constraints:number_words",
+        {"num_words": 4, "relation": "at least"},
+        "one two three four",
+        "1 2 3",
+    ),
+    (
+        "length_constraints:number_words",
+        {"num_words": 4, "relation": "less than"},
+        "1 2 3",
+        "one two three four",
+    ),
+    (
+        "length_constraints:nth_paragraph_first_word",
+        {"num_paragraphs": 2, "nth_paragraph": 2, "first_word": "Elm"},
+        "a\n\n'elm, tree",
+        "elm\n\na",
+    ),
+    ("detectable_content:number_placeholders", {"num_placeholders": 2}, "[a] and [b]", "[a] and b"),
+    ("detectable_content:postscript", {"postscript_marker": "P.S."}, "Bye.\nP. S. more", "Bye. PS more"),
+    ("detectable_content:postscript", {"postscript_marker": "P.P.S"}, "Bye.\nP.P.S more", "Bye.\nP.S. more"),
+    ("detectable_format:number_bullet_lists", {"num_bullets": 2}, "* a\n- b\n**c**", "* a\n* b\n* c"),
+    ("detectable_format:constrained_response", {}, "Well. My answer is maybe.", "My answer is perhaps."),
+    ("detectable_format:number_highlighted_sections", {"num_highlights": 2}, "*a* and *b*", "*a* and **"),
+    (
+        "detectable_format:multiple_sections",
+        {"section_spliter": "SECTION", "num_sections": 2},
+        "SECTION 1\na\nSECTION 2\nb",
+        "SECTION 1\na\nSECTION b",
+    ),
+    ("detectable_format:json_format", {}, '```json\n{"a": [1]}\n```', "{'a': 1}"),
+    ("detectable_format:title", {}, "<<A title>>\ntext", "<< >>\ntext"),
+    ("combination:two_responses", {}, "one\n******\ntwo", "one\n******\none"),
+    ("combination:repeat_prompt", {"prompt_to_repeat": "Say it. "}, "say it. Yes.", "Yes. Say it."),
+    ("startend:end_checker", {"end_phrase": "That is all."}, 'x. "That is ALL."', "That is all. x"),
+    ("startend:quotation", {}, ' "quoted" ', '"'),
+    ("change_case:english_capital", {}, EN.upper(), EN),
+    ("change_case:english_lowercase", {}, EN.lower(), EN),
+    ("punctuation:no_comma", {}, "a; b", "a, b"),
+    (
+        "change_case:capital_word_frequency",
+        {"capital_frequency": 2, "capital_relation": "at least"},
+        "I am in the USA now",
+        "We are in the USA now",
+    ),
+    (
+        "change_case:capital_word_frequency",
+        {"capital_frequency": 2, "capital_relation": "less than"},
+        "We are in the USA now",
+        "I am in the USA now",
+    ),
+]
+
+
+IDS = [f"{i}-{pair[0]}" for i, pair in enumerate(PAIRS)]
+
+
+def test_all_25_instructions_have_pairs() -> None:
+    assert len(INSTRUCTIONS) == 25 and {pair[0] for pair in PAIRS} == set(INSTRUCTIONS)
+
+
+@pytest.mark.parametrize(("name", "args", "good", "bad"), PAIRS, ids=IDS)
+def test_pairs_strict_and_loose(name: str, args: dict[str, Any], good: str, bad: str) -> None:
+    checker = INSTRUCTIONS[name]
+    assert strict(good, checker, args) and loose(good, checker, args)
+    assert not strict(bad, checker, args)
+    assert not strict("", checker, args) and not strict(" \n", checker, args) and not loose("", checker, args)
+
+
+def test_loose_reading_drops_first_line_last_line_and_asterisks() -> None:
+    no_comma, quoted = INSTRUCTIONS["punctuation:no_comma"], INSTRUCTIONS["startend:quotation"]
+    for text in ("Sure, here it is:\nabc", "abc\nI hope, truly", "Sure, yes:\nabc\nBye, then"):
+        assert loose(text, no_comma, {}) and not strict(text, no_comma, {})
+    assert not loose("a, b\nc, d\ne, f", no_comma, {})
+    assert loose('**"abc"**', quoted, {}) and not strict('**"abc"**', quoted, {})
+    assert loose('Sure:\n**"abc"**\nBye', quoted, {})
+
+
+def test_sentences() -> None:
+    assert count_sentences("Dr. Smith paid 3.50 dollars. Really?! Yes.") == 3
+    assert count_sentences("今天很好。你呢？我也是！") == 3
+    assert count_sentences("no stop at all") == 1
+
+
+PIECES = [
+    *(EN, EN.upper(), EN.lower(), "My answer is yes.", "* point one\n* point two", "- dash item"),
+    "[name] and [place]",
+    *("<<A Title>>", "*highlighted section*", "**bold part**", "P.S. remember this", "P.P.S one more"),
+    "SECTION 1",
+    *("***", "******", '{"a": 1}', "I live in the USA and IBM said NO.", "Don't do it, Mr. Smith, e.g. now!"),
+    *("The weather is good today; isn't it?", "Das Wetter ist heute sehr schön und warm.", "DON'T PANIC!"),
+    *("今天天气很好。", "Section 2", "PARAGRAPH 1"),
+    *("Is there anything else I can help with?", "No, never."),
+]
+
+
+def answers(rows: list[dict[str, Any]], count: int) -> Iterator[tuple[dict[str, Any], str]]:
+    """`count` made-up answers to real prompts: pieces that the instructions ask for, joined at random."""
+    rng = random.Random(7)
+    for _ in range(count):
+        row = rng.choice(rows)
+        texts = list(PIECES)
+        for args in row["kwargs"]:
+            for value in args.values():
+                texts += [
+                    v for v in (value if isinstance(value, list) else [value]) if isinstance(v, str)
+                ] * 3
+        chosen = [rng.choice(texts) for _ in range(rng.randint(1, 14))]
+        text = "".join(piece + rng.choice([" ", "\n", "\n\n", "\n***\n"]) for piece in chosen)
+        yield row, rng.choice([text, f'"{text.strip()}"', text.replace(",", ""), text.lower(), text.strip()])
+
+
+def test_agreement_with_a_published_package(redone_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """1,000 answers, every instruction id, strict and loose.
+
+    The package's sentence counter needs nltk's trained Punkt model, a download; an untrained one with our
+    abbreviations is put in its place, so for number_sentences the agreement covers all but that model."""
+    from if_verifiable.common import evaluate_instructions
+    from if_verifiable.ifeval import INSTRUCTION_DICT, instructions_util
+    from langdetect import DetectorFactory
+    from nltk.tokenize import destructive, punkt
+
+    parameters = punkt.PunktParameters()
+    parameters.abbrev_types = set(ABBREVIATIONS)
+    splitter = punkt.PunktSentenceTokenizer(parameters)
+    words = destructive.NLTKWordTokenizer()
+    monkeypatch.setattr(instructions_util, "_get_sentence_tokenizer", lambda: splitter)
+    monkeypatch.setattr(
+        instructions_util.nltk,
+        "word_tokenize",
+        lambda text: [w for sentence in splitter.tokenize(text) for w in words.tokenize(sentence)],
+    )
+    DetectorFactory.seed = 0
+    lines = (redone_data / "ifeval" / "input_data.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    different, seen, verdicts = [], set(), []
+    for row, text in answers(rows, 1000):
+        theirs, _ = evaluate_instructions(
+            text, row["instruction_id_list"], row["kwargs"], row["prompt"], INSTRUCTION_DICT
+        )
+        text = text.strip()  # the package strips every answer first
+        for result, args in zip(theirs, row["kwargs"], strict=True):
+            checker = INSTRUCTIONS[result.instruction_id]
+            ours = strict(text, checker, args), loose(text, checker, args)
+            seen.add(result.instruction_id)
+            verdicts.append(ours[0])
+            if ours != (result.strict_pass, result.loose_pass):
+                different.append((result.instruction_id, args, text, ours, result))
+    assert seen == set(INSTRUCTIONS) and 0.1 < sum(verdicts) / len(verdicts) < 0.9
+    unexplained = [d for d in different if not explained(*d[:3])]
+    assert len(different) < 20  # 4 when this was written
+    assert unexplained == [], (len(unexplained), unexplained[:3])
+
+
+def explained(name: str, args: dict[str, Any], text: str) -> bool:
+    """Where we differ on purpose: the package draws a random letter for `!` and `#`, and does not see that a
+    Chinese full stop ends a sentence."""
+    if name == "keywords:letter_frequency":
+        return not args["letter"].isalpha()
+    return name == "length_constraints:number_sentences" and any(stop in text for stop in "。！？")
