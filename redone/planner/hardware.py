@@ -57,25 +57,25 @@ def _constant(value: float, unit: str, meaning: str, source: str = _FIT) -> floa
 class Constants:
     """Every fitted or assumed number of the planner."""
 
-    gemm_dense: float = _constant(0.55, "share of peak", "dense GEMMs and attention in the trainer")
-    gemm_expert: float = _constant(0.40, "share of peak", "grouped expert GEMMs in the trainer")
-    fp8_gain: float = _constant(1.5, "x", "GEMM rate of FP8 against bf16, casts included")
+    gemm_dense: float = _constant(0.535, "share of peak", "dense GEMMs and attention in the trainer")
+    gemm_expert: float = _constant(0.419, "share of peak", "grouped expert GEMMs in the trainer")
+    fp8_gain: float = _constant(1.31, "x", "GEMM rate of FP8 against bf16, casts included")
     layer_floor: float = _constant(
         0.30, "ms", "least time of one layer's forward (launches), whatever its tokens"
     )
-    moe_floor: float = _constant(1.3, "ms", "the same, added by routing and dispatch of an expert layer")
-    dispatch: float = _constant(0.33, "share of NVLink", "expert all-to-all, permutation included")
+    moe_floor: float = _constant(1.36, "ms", "the same, added by routing and dispatch of an expert layer")
+    dispatch: float = _constant(0.138, "share of NVLink", "expert all-to-all, permutation included")
     network: float = _constant(
         35.0, "GB/s per GPU", "between nodes: expert dispatch, gradients and parameters"
     )
-    decode_hbm: float = _constant(0.75, "share of peak", "memory bandwidth while decoding")
-    decode_step: float = _constant(4.0, "ms", "host time of one decode step")
-    decode_layer: float = _constant(15.0, "us", "launches of one decoder layer in one decode step")
-    decode_moe: float = _constant(40.0, "us", "the same, added by an expert layer")
+    decode_hbm: float = _constant(0.763, "share of peak", "memory bandwidth while decoding")
+    decode_step: float = _constant(4.55, "ms", "host time of one decode step")
+    decode_layer: float = _constant(15.7, "us", "launches of one decoder layer in one decode step")
+    decode_moe: float = _constant(45.6, "us", "the same, added by an expert layer")
     allreduce: float = _constant(
         12.0, "us x log2(ranks)", "one small all-reduce of an engine's tensor-parallel ranks"
     )
-    fixed: float = _constant(8.0, "s", "per step outside all phases: driver, rewards, data")
+    fixed: float = _constant(8.53, "s", "per step outside all phases: driver, rewards, data")
     transition: float = _constant(
         6.0, "GB/s x sqrt(nodes)", "weight update with sleep and wake of both sides"
     )
@@ -85,11 +85,11 @@ class Constants:
     stack_nemo: float = _constant(
         1.0, "x", "NeMo RL's trainer seconds against Megatron-Bridge's; used for redone"
     )
-    stack_verl: float = _constant(1.0, "x", "verl's trainer seconds against Megatron-Bridge's")
+    stack_verl: float = _constant(0.752, "x", "verl's trainer seconds against Megatron-Bridge's")
     stack_skyrl: float = _constant(
         1.0, "x", "SkyRL's trainer seconds against Megatron-Bridge's (padding included)"
     )
-    stack_tuned: float = _constant(0.8, "x", "pre-training benchmark with forced balance and overlap")
+    stack_tuned: float = _constant(0.617, "x", "pre-training benchmark with forced balance and overlap")
     length_sigma: float = _constant(
         0.8, "log std", "response lengths: truncated log-normal with the given mean and cap", "assumed"
     )
