@@ -61,33 +61,33 @@ class Constants:
     gemm_expert: float = _constant(0.419, "share of peak", "grouped expert GEMMs in the trainer")
     fp8_gain: float = _constant(1.31, "x", "GEMM rate of FP8 against bf16, casts included")
     layer_floor: float = _constant(
-        0.30, "ms", "least time of one layer's forward (launches), whatever its tokens"
+        0.292, "ms", "least time of one layer's forward (launches), whatever its tokens"
     )
     moe_floor: float = _constant(1.36, "ms", "the same, added by routing and dispatch of an expert layer")
     dispatch: float = _constant(0.138, "share of NVLink", "expert all-to-all, permutation included")
     network: float = _constant(
-        35.0, "GB/s per GPU", "between nodes: expert dispatch, gradients and parameters"
+        46.4, "GB/s per GPU", "between nodes: expert dispatch, gradients and parameters"
     )
     decode_hbm: float = _constant(0.763, "share of peak", "memory bandwidth while decoding")
     decode_step: float = _constant(4.55, "ms", "host time of one decode step")
     decode_layer: float = _constant(15.7, "us", "launches of one decoder layer in one decode step")
     decode_moe: float = _constant(45.6, "us", "the same, added by an expert layer")
     allreduce: float = _constant(
-        12.0, "us x log2(ranks)", "one small all-reduce of an engine's tensor-parallel ranks"
+        15.1, "us x log2(ranks)", "one small all-reduce of an engine's tensor-parallel ranks"
     )
     fixed: float = _constant(8.53, "s", "per step outside all phases: driver, rewards, data")
     transition: float = _constant(
-        6.0, "GB/s x sqrt(nodes)", "weight update with sleep and wake of both sides"
+        5.43, "GB/s x sqrt(nodes)", "weight update with sleep and wake of both sides"
     )
     overlap: float = _constant(
-        0.12, "share", "part of an asynchronous step's shorter side that is not hidden"
+        0.13, "share", "part of an asynchronous step's shorter side that is not hidden"
     )
     stack_nemo: float = _constant(
-        1.0, "x", "NeMo RL's trainer seconds against Megatron-Bridge's; used for redone"
+        1.23, "x", "NeMo RL's trainer seconds against Megatron-Bridge's; used for redone"
     )
     stack_verl: float = _constant(0.752, "x", "verl's trainer seconds against Megatron-Bridge's")
     stack_skyrl: float = _constant(
-        1.0, "x", "SkyRL's trainer seconds against Megatron-Bridge's (padding included)"
+        2.83, "x", "SkyRL's trainer seconds against Megatron-Bridge's (padding included)"
     )
     stack_tuned: float = _constant(0.617, "x", "pre-training benchmark with forced balance and overlap")
     length_sigma: float = _constant(
