@@ -100,11 +100,6 @@ class Constants:
         "notes, bar 3",
     )
     band_far: float = _constant(1.6, "x", "P10-P90 half width elsewhere", "notes, bar 3")
-    activation: float = _constant(
-        51.3, "bytes per token, layer and hidden unit",
-        "activations of an expert layer on CUDA without recomputation, all top-k copies",
-        "one point: Megatron-Bridge Qwen3-30B-A3B TP1 EP16, 62.17 GiB",
-    )  # fmt: skip
     imbalance: float = _constant(
         1.5, "x", "tokens of the fullest expert rank against the mean", "assumed; natural routing"
     )
@@ -112,6 +107,10 @@ class Constants:
         3.5, "GB", "CUDA context, NCCL buffers, workspaces and fragmentation of one process",
         "assumed between Megatron's 3 and vLLM's 4 (notes, section 5)",
     )  # fmt: skip
+
+    host_process: float = _constant(
+        3.0, "GB", "host memory of one trainer or engine process without model states", "assumed"
+    )
 
 
 DEFAULT = Constants()

@@ -30,8 +30,14 @@ class Group:
         return self.results[case]
 
 
-def run_cases(world: int, cases: Sequence[tuple[str, str, dict[str, Any]]], folder: Path, timeout_s: float) -> Group:
-    """Run cases [(name, function in worker.py, arguments)] on `world` ranks.
+def run_cases(
+    world: int,
+    cases: Sequence[tuple[str, str, dict[str, Any]]],
+    folder: Path,
+    timeout_s: float,
+    worker: Path = WORKER,
+) -> Group:
+    """Run cases [(name, function in `worker`, arguments)] on `world` ranks.
 
     Raises RuntimeError with the failing rank's last lines when any rank fails or the time is over.
     """
@@ -53,7 +59,7 @@ def run_cases(world: int, cases: Sequence[tuple[str, str, dict[str, Any]]], fold
     ranks = []
     for rank in range(world):
         with open(folder / f"rank{rank}.log", "w") as log:
-            command = [sys.executable, "-W", "ignore", str(WORKER), str(folder / "job.json"), str(rank)]
+            command = [sys.executable, "-W", "ignore", str(worker), str(folder / "job.json"), str(rank)]
             ranks.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
     try:
         _wait(ranks, start + timeout_s, folder)
