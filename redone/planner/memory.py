@@ -36,7 +36,8 @@ class TrainerRanks:
     microbatches: int = 1 << 30  # of one update; fewer than the pipeline's stages keep less in flight
     loss_share: float = 1.0  # of the tokens that predict a response token
     head_chunk: int | None = 1024  # rows; None: whole logits at once
-    logit_bytes: float = 14.0  # per logit without chunks: bf16, fp32, probabilities and their gradient
+    logit_bytes: float = 21.0  # per logit without chunks: five fp32 copies and a mask in our reference head
+    routed: float = 1.0  # tokens that reach this rank's experts against an even share, mean over layers
     cpu_optimizer: bool = False
     device: bool = True  # CUDA context and fragmentation exist
 
@@ -103,7 +104,7 @@ def layer_bytes(ranks: TrainerRanks, imbalance: float = 1.0) -> float:
         norms += (q + kv) * b
     rotary = 0 if ranks.modules == "fused" else 4 * s.head_dim * b
     attention = (q + 2 * kv) * b + (q + kv) * b + q * b + FP32 * s.heads / t + rotary
-    return norms + attention + _mlp_bytes(ranks, imbalance)
+    return norms + attention + _mlp_bytes(ranks, imbalance * ranks.routed)
 
 
 def _mlp_bytes(ranks: TrainerRanks, imbalance: float) -> float:
@@ -163,13 +164,18 @@ def rank_memory(ranks: TrainerRanks, stage: int, c: Constants = DEFAULT) -> Rank
         kept = flight * layers * tokens * layer_bytes(ranks)
         peak = max(transient, head)
         head_part = head if head >= transient else 0.0
-    pipe = 2 * flight * boundary if ranks.pipeline > 1 else 0.0  # what stages sent each other
+    received = stage > 0 and not (ranks.modules == "torch" and b == FP32 and not ranks.recompute)
+    pipe = flight * boundary * (received + (not last))  # what the stages sent each other
+    activations = kept + pipe + peak - head_part
+    if ranks.modules == "torch":  # gloo clones a gradient buffer to reduce it
+        buffer = FP32 * max(dense, expert) if ranks.expert > 1 else FP32 * (dense + expert)
+        activations = max(activations + head_part, buffer) - head_part
     return RankMemory(
         stage=stage,
         weights=float(b * (dense + expert)),
         gradients=float(ranks.gradient_bytes * (dense + expert)),
         optimizer=optimizer,
-        activations=kept + pipe + peak - head_part,
+        activations=activations,
         head=head_part,
         forward=_forward_bytes(ranks, head),
         reserve=c.reserve * 1e9 if ranks.device else 0.0,
