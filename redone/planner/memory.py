@@ -120,9 +120,11 @@ def _mlp_bytes(ranks: TrainerRanks, imbalance: float) -> float:
 def transient_bytes(ranks: TrainerRanks) -> float:
     """Bytes per token of gradients that live while one layer's MLP is differentiated."""
     s, b = ranks.shape, ranks.bytes_per_value
+    hidden = s.hidden / ranks.tensor * (b + (2 * FP32 if ranks.modules == "torch" and b < FP32 else 0))
     if s.num_experts:
-        return s.experts_per_token * s.moe_ffn / ranks.tensor * b
-    return (2.5 * s.ffn / ranks.tensor + s.hidden / ranks.tensor) * b
+        copies = s.experts_per_token * ranks.routed * ranks.expert_tensor / ranks.tensor
+        return 6 * copies * s.moe_ffn / ranks.expert_tensor * b + hidden
+    return 2.5 * s.ffn / ranks.tensor * b + hidden
 
 
 def head_bytes(ranks: TrainerRanks) -> float:
