@@ -12,6 +12,7 @@ from redone.planner.job import Job, Layout
 from redone.planner.phases import PhaseMemory, Sizes, cache_margin, gpu_phases, host_memory
 from redone.planner.throughput import Phases, predict
 
+MAX_PIPELINE = 8  # the deepest published RL layout of the Qwen3-MoE line
 MARGIN = 1.3  # KV capacity / need below which a rollout cannot be predicted
 
 
@@ -64,7 +65,7 @@ def legal_layouts(job: Job, *, longest: int, offload: bool = False) -> Iterator[
     powers = [2**i for i in range(8)]
     hosts = (base.cpu_optimizer,) if not offload else (False, True)
     for tensor in (t for t in powers if t <= base.gpu.per_node):
-        for pipeline in (p for p in powers if p <= min(16, shape.num_layers)):
+        for pipeline in (p for p in powers if p <= min(MAX_PIPELINE, shape.num_layers)):
             for expert in (e for e in powers if e <= max(1, shape.num_experts)):
                 etp = tensor if shape.num_experts and expert == 1 else 1
                 sizes = replace(base, tensor=tensor, pipeline=pipeline, expert=expert, expert_tensor=etp, virtual=1)

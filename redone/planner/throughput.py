@@ -6,10 +6,13 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from redone.planner.hardware import DEFAULT, Constants
 from redone.planner.job import Job, stack_factor
 from redone.planner.lengths import microbatches, moments
+
+Values = float | NDArray[np.float64]
 
 GRID = 48  # points over the longest response at which the decoding set is evaluated
 PREFILL_SHARE = 0.4  # of the peak; prefill is 1-3 % of a step, whatever this is
@@ -133,11 +136,11 @@ def mean_context(job: Job) -> float:
     return attended / (prompt + group * mean)
 
 
-def decode_seconds(job: Job, sequences: float, context: float, c: Constants) -> float:
-    """One decode step of one engine with `sequences` sequences of mean context `context`."""
+def decode_seconds(job: Job, sequences: Values, context: Values, c: Constants) -> NDArray[np.float64]:
+    """One decode step of one engine with `sequences` sequences of mean context `context` (scalars or arrays)."""
     model, lay = job.model, job.layout
     ranks = lay.rollout_tensor
-    touched = 1 - (1 - model.top_k / model.experts) ** sequences if model.experts else 0.0
+    touched = 1 - (1 - model.top_k / model.experts) ** np.asarray(sequences) if model.experts else 0.0
     weights = (2 * (model.dense - model.hidden * model.vocab) + 2 * model.expert * touched) * (
         0.5 if lay.fp8 else 1.0
     )
@@ -146,7 +149,7 @@ def decode_seconds(job: Job, sequences: float, context: float, c: Constants) -> 
     compute = sequences * 2 * model.active / ranks / (lay.gpu.flops * 0.5)
     host = c.decode_step * 1e-3 + (model.layers * c.decode_layer + model.moe_layers * c.decode_moe) * 1e-6
     reduce = 2 * model.layers * c.allreduce * 1e-6 * math.log2(ranks) if ranks > 1 else 0.0
-    return max(memory, compute) + host + reduce
+    return np.asarray(np.maximum(memory, compute) + host + reduce)
 
 
 def kv_tokens(job: Job, c: Constants) -> float:
@@ -178,16 +181,15 @@ def rollout_seconds(job: Job, c: Constants) -> tuple[float, float]:
     )
     mean, square = moments(work.lengths)
     slots = max(1.0, min(each, kv_tokens(job, c) / kv_need(job)[1], lay.max_sequences))
-    busy = decode_seconds(job, slots, work.prompt_tokens + square / mean / 2, c)
+    busy = float(decode_seconds(job, slots, work.prompt_tokens + square / mean / 2, c))
     steady = prefill + each * mean / slots * busy
     if lay.mode == "async":
         return steady, steady
-    values = np.asarray(work.lengths)
-    edges = np.linspace(0, values.max(), GRID + 1)
-    drain = sum(
-        (b - a) * decode_seconds(job, max(1.0, slots * float((values > a).mean())), work.prompt_tokens + a, c)
-        for a, b in zip(edges[:-1], edges[1:], strict=True)
-    )
+    values = np.sort(work.lengths)
+    edges = np.linspace(0, values[-1], GRID + 1)
+    alive = 1 - np.searchsorted(values, edges[:-1], side="right") / len(values)
+    steps = decode_seconds(job, np.maximum(1.0, slots * alive), work.prompt_tokens + edges[:-1], c)
+    drain = (np.diff(edges) * steps).sum()
     waves = max(0.0, each / slots - 1) * mean * busy
     return prefill + float(drain) + waves, steady
 
