@@ -13,6 +13,7 @@ from typing import Any
 from redone.config.load import load_config
 from redone.errors import ConfigError
 from redone.planner.hardware import GPUS
+from redone.planner.lengths import SIGMA
 from redone.planner.report import Options, Plan, gate, make_plan, render
 
 EXIT_BLOCKED = 1
@@ -26,6 +27,7 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gpu", required=True, help=", ".join(GPUS))
     parser.add_argument("--prompt-tokens", type=float, metavar="N", help="mean prompt")
     parser.add_argument("--response-tokens", type=float, metavar="N", help="mean response")
+    parser.add_argument("--sigma", type=float, default=SIGMA, metavar="S", help="of log response lengths")
     parser.add_argument(
         "--lengths", dest="lengths_file", metavar="FILE", help="observed response lengths, one a line"
     )

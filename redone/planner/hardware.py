@@ -19,7 +19,7 @@ class Gpu:
     memory: float  # bytes, as nvidia-smi reports
     flops: float  # dense bf16 FLOP/s of the data sheet
     hbm: float  # bytes/s of the data sheet
-    link: float  # NVLink bytes/s in one direction
+    link: float  # NVLink bytes/s that large collectives reach: taken as 0.55 of the data sheet
     domain: int  # GPUs that reach each other over NVLink
     per_node: int
     host_memory: float  # bytes of RAM of a usual node of this kind; overridable
@@ -28,11 +28,11 @@ class Gpu:
 GPUS = {
     g.name: g
     for g in (
-        Gpu(name="a100", memory=85.9e9, flops=312e12, hbm=2.04e12, link=300e9, domain=8, per_node=8, host_memory=2e12),
-        Gpu(name="h100", memory=85.5e9, flops=989e12, hbm=3.35e12, link=450e9, domain=8, per_node=8, host_memory=2e12),
-        Gpu(name="h200", memory=150.7e9, flops=989e12, hbm=4.8e12, link=450e9, domain=8, per_node=8, host_memory=2e12),
-        Gpu(name="h20", memory=102.6e9, flops=148e12, hbm=4.0e12, link=450e9, domain=8, per_node=8, host_memory=2e12),
-        Gpu(name="gb200", memory=198e9, flops=2450e12, hbm=8e12, link=900e9, domain=72, per_node=4, host_memory=0.9e12),
+        Gpu(name="a100", memory=85.9e9, flops=312e12, hbm=2.04e12, link=165e9, domain=8, per_node=8, host_memory=2e12),
+        Gpu(name="h100", memory=85.5e9, flops=989e12, hbm=3.35e12, link=250e9, domain=8, per_node=8, host_memory=2e12),
+        Gpu(name="h200", memory=150.7e9, flops=989e12, hbm=4.8e12, link=250e9, domain=8, per_node=8, host_memory=2e12),
+        Gpu(name="h20", memory=102.6e9, flops=148e12, hbm=4.0e12, link=250e9, domain=8, per_node=8, host_memory=2e12),
+        Gpu(name="gb200", memory=198e9, flops=2450e12, hbm=8e12, link=500e9, domain=72, per_node=4, host_memory=0.9e12),
     )
 }  # fmt: skip
 
@@ -57,14 +57,14 @@ def _constant(value: float, unit: str, meaning: str, source: str = _FIT) -> floa
 class Constants:
     """Every fitted or assumed number of the planner."""
 
-    gemm_dense: float = _constant(0.535, "share of peak", "dense GEMMs and attention in the trainer")
-    gemm_expert: float = _constant(0.419, "share of peak", "grouped expert GEMMs in the trainer")
+    gemm_dense: float = _constant(0.536, "share of peak", "dense GEMMs and attention in the trainer")
+    gemm_expert: float = _constant(0.418, "share of peak", "grouped expert GEMMs in the trainer")
     fp8_gain: float = _constant(1.31, "x", "GEMM rate of FP8 against bf16, casts included")
     layer_floor: float = _constant(
         0.292, "ms", "least time of one layer's forward (launches), whatever its tokens"
     )
-    moe_floor: float = _constant(1.36, "ms", "the same, added by routing and dispatch of an expert layer")
-    dispatch: float = _constant(0.138, "share of NVLink", "expert all-to-all, permutation included")
+    moe_floor: float = _constant(1.37, "ms", "the same, added by routing and dispatch of an expert layer")
+    dispatch: float = _constant(0.25, "share of collectives' rate", "expert all-to-all, permutation included")
     network: float = _constant(
         46.4, "GB/s per GPU", "between nodes: expert dispatch, gradients and parameters"
     )
@@ -80,18 +80,21 @@ class Constants:
         5.43, "GB/s x sqrt(nodes)", "weight update with sleep and wake of both sides"
     )
     overlap: float = _constant(
-        0.13, "share", "part of an asynchronous step's shorter side that is not hidden"
+        0.131, "share", "part of an asynchronous step's shorter side that is not hidden"
     )
     stack_nemo: float = _constant(
-        1.23, "x", "NeMo RL's trainer seconds against Megatron-Bridge's; used for redone"
+        1.24, "x", "NeMo RL's trainer seconds against Megatron-Bridge's; used for redone"
     )
-    stack_verl: float = _constant(0.752, "x", "verl's trainer seconds against Megatron-Bridge's")
+    stack_verl: float = _constant(0.753, "x", "verl's trainer seconds against Megatron-Bridge's")
     stack_skyrl: float = _constant(
         2.83, "x", "SkyRL's trainer seconds against Megatron-Bridge's (padding included)"
     )
     stack_tuned: float = _constant(0.617, "x", "pre-training benchmark with forced balance and overlap")
-    length_sigma: float = _constant(
-        0.8, "log std", "response lengths: truncated log-normal with the given mean and cap", "assumed"
+    cpu_optimizer: float = _constant(
+        71.0, "GB/s per node", "memory traffic that Adam on the host reaches", "assumed: 12 s for 30B on one node"
+    )
+    kv_share: float = _constant(
+        0.8, "x mean length", "KV cache that a running sequence holds on average", "assumed"
     )
     band_near: float = _constant(
         1.35,
@@ -104,13 +107,9 @@ class Constants:
         1.5, "x", "tokens of the fullest expert rank against the mean", "assumed; natural routing"
     )
     reserve: float = _constant(
-        3.5, "GB", "CUDA context, NCCL buffers, workspaces and fragmentation of one process",
+        3.5, "GB", "one process on a GPU: context, NCCL buffers, workspaces, fragmentation; as much again of host memory",
         "assumed between Megatron's 3 and vLLM's 4 (notes, section 5)",
     )  # fmt: skip
-
-    host_process: float = _constant(
-        3.0, "GB", "host memory of one trainer or engine process without model states", "assumed"
-    )
 
 
 DEFAULT = Constants()

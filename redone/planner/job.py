@@ -10,7 +10,6 @@ from redone.planner.lengths import Lengths
 from redone.planner.models import PlannedModel
 
 Mode = Literal["sync", "async"]
-STACKS = ("redone", "bridge", "tuned", "nemo", "verl", "skyrl")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

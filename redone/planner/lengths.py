@@ -15,6 +15,7 @@ from redone.errors import ConfigError
 
 Lengths = tuple[float, ...]  # sorted tokens; an equal share of responses each
 POINTS = 512
+SIGMA = 0.8  # log standard deviation where none is given; an input, not a constant of the model
 
 
 @functools.cache

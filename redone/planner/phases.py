@@ -123,7 +123,7 @@ def host_memory(job: Job, sizes: Sizes, c: Constants = DEFAULT) -> PhaseMemory:
     local = job.model.local(lay.tensor, lay.pipeline, lay.expert, lay.expert_tensor)
     engines = per_node if lay.mode == "sync" and lay.rollout_gpus else 0
     parts = [
-        ("processes", (per_node + engines) * c.host_process * 1e9),
+        ("processes", (per_node + engines) * c.reserve * 1e9),
         ("weight channel", 2.0 * job.model.total),
     ]
     if sizes.keeps_reference:
@@ -148,11 +148,11 @@ def published_host(
 ) -> float:
     """Bytes per node as slime and verl use them: Adam and its gradients on the host (fp32), swapped weights and
     gradients, `copies` bf16 backups (actor and reference), one process per GPU."""
-    return 16 * model_total / nodes + (6 + 2 * copies) * local * per_node + per_node * c.host_process * 1e9
+    return 16 * model_total / nodes + (6 + 2 * copies) * local * per_node + per_node * c.reserve * 1e9
 
 
 def cache_margin(job: Job, c: Constants = DEFAULT) -> float:
     """KV capacity of an engine / what its concurrent sequences want."""
-    need, per_sequence = kv_need(job)
+    need, per_sequence = kv_need(job, c)
     wanted = min(need, job.layout.max_sequences * per_sequence)
     return kv_tokens(job, c) / wanted if wanted else float("inf")

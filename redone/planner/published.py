@@ -8,7 +8,7 @@ from pathlib import Path
 
 from redone.planner.hardware import DEFAULT, Constants, gpu
 from redone.planner.job import Job, Layout, Workload
-from redone.planner.lengths import truncated_lognormal
+from redone.planner.lengths import SIGMA, truncated_lognormal
 from redone.planner.models import PUBLISHED
 from redone.planner.throughput import predict, train_time
 
@@ -45,10 +45,10 @@ class Point:
         return 1 / ratio if self.kind == "train_tps" else ratio
 
 
-def read_points(path: str | Path, c: Constants = DEFAULT) -> list[Point]:
+def read_points(path: str | Path) -> list[Point]:
     """Every row that the planner claims to predict."""
     with open(path, encoding="utf-8", newline="") as file:
-        return [_point(row, c) for row in csv.DictReader(file) if refusal(row) is None]
+        return [_point(row) for row in csv.DictReader(file) if refusal(row) is None]
 
 
 def refusal(row: dict[str, str]) -> str | None:
@@ -72,12 +72,12 @@ def read_holdout(path: str | Path) -> dict[str, str]:
     return found
 
 
-def _point(row: dict[str, str], c: Constants) -> Point:
+def _point(row: dict[str, str]) -> Point:
     model, training = PUBLISHED[row["model"]], row["mode"] == "train"
     size = {k: int(row[k]) for k in ("gbs", "prompts", "samples", "tgpus", "ggpus", "mb_tokens", "gen_tp")}
     mean, cap, prompt = float(row["mean_len"]), float(row["cap"]), float(row["prompt_len"])
     sequences = size["prompts"] * size["samples"]
-    lengths = (cap,) if training else truncated_lognormal(mean, cap - prompt, c.length_sigma)
+    lengths = (cap,) if training else truncated_lognormal(mean, cap - prompt, SIGMA)
     work = Workload(
         prompts=size["prompts"],
         samples=max(1, size["samples"]),

@@ -13,7 +13,7 @@ from redone.layout import ModelShape, check_layout
 from redone.planner.hardware import DEFAULT, Constants, gpu
 from redone.planner.job import Job, Layout, Workload
 from redone.planner.layouts import MARGIN, Candidate, assess, fastest, fitting, legal_layouts, nearest
-from redone.planner.lengths import Lengths, from_file, moments, truncated_lognormal
+from redone.planner.lengths import SIGMA, Lengths, from_file, moments, truncated_lognormal
 from redone.planner.memory import TrainerRanks
 from redone.planner.models import planned
 from redone.planner.phases import Sizes, cache_margin
@@ -30,6 +30,7 @@ class Options:
     gpu: str
     prompt_tokens: float | None = None  # mean
     response_tokens: float | None = None  # mean
+    sigma: float = SIGMA  # of log response lengths
     lengths_file: str | None = None  # observed response lengths
     host_memory: float | None = None  # bytes per node
     trainer_sleeps: bool = False
@@ -60,7 +61,7 @@ def make_plan(cfg: Config, hf: Mapping[str, Any], options: Options, c: Constants
         shape = ModelShape.from_hf(hf)
     except (KeyError, ValueError) as error:
         raise ConfigError(f"model.path={cfg.model.path}: {error}; the planner needs its sizes") from error
-    job, assumed = describe_job(cfg, shape, options, c)
+    job, assumed = describe_job(cfg, shape, options)
     if problems := check_layout(cfg.trainer.parallel, job.layout.train_gpus, shape):
         raise ConfigError("; ".join(problems))
     sizes = _sizes(cfg, shape, options, job)
@@ -86,13 +87,13 @@ def make_plan(cfg: Config, hf: Mapping[str, Any], options: Options, c: Constants
 
 
 def describe_job(
-    cfg: Config, shape: ModelShape, options: Options, c: Constants = DEFAULT
+    cfg: Config, shape: ModelShape, options: Options
 ) -> tuple[Job, list[str]]:
     """The configuration's step and layout, and what had to be assumed."""
     a, r, machine = cfg.algorithm, cfg.rollout, gpu(options.gpu)
     if not 0 <= options.rollout_nodes < options.nodes:
         raise ConfigError(f"--rollout-nodes {options.rollout_nodes}: use 0 (colocated) .. {options.nodes - 1}")
-    lengths, prompt, assumed = _lengths(cfg, options, c)
+    lengths, prompt, assumed = _lengths(cfg, options)
     engines = options.rollout_nodes or options.nodes
     gpus = engines * machine.per_node
     if gpus % r.tensor_model_parallel_size:
@@ -132,7 +133,7 @@ def describe_job(
     return Job(model=planned(shape), work=work, layout=layout), assumed
 
 
-def _lengths(cfg: Config, options: Options, c: Constants) -> tuple[Lengths, float, list[str]]:
+def _lengths(cfg: Config, options: Options) -> tuple[Lengths, float, list[str]]:
     """(response lengths, mean prompt tokens, assumptions)."""
     cap, assumed = cfg.data.max_response_length, []
     prompt = options.prompt_tokens
@@ -145,8 +146,8 @@ def _lengths(cfg: Config, options: Options, c: Constants) -> tuple[Lengths, floa
     if mean is None:
         mean = cap / 2
         assumed.append(f"mean response {mean:g} tokens (half of data.max_response_length; --response-tokens)")
-    assumed.append(f"responses log-normal, sigma {c.length_sigma:g}, cut at {cap} tokens (--lengths FILE)")
-    return truncated_lognormal(mean, cap, c.length_sigma), prompt, assumed
+    assumed.append(f"responses log-normal, sigma {options.sigma:g}, cut at {cap} tokens (--lengths, --sigma)")
+    return truncated_lognormal(mean, cap, options.sigma), prompt, assumed
 
 
 def _sizes(cfg: Config, shape: ModelShape, options: Options, job: Job) -> Sizes:

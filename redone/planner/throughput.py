@@ -15,11 +15,9 @@ from redone.planner.lengths import microbatches, moments
 Values = float | NDArray[np.float64]
 
 GRID = 48  # points over the longest response at which the decoding set is evaluated
-PREFILL_SHARE = 0.4  # of the peak; prefill is 1-3 % of a step, whatever this is
 CPU_OPTIMIZER_BYTES = (
     28  # read and written per parameter by Adam on the host: fp32 p, m, v twice and the gradient
 )
-CPU_OPTIMIZER_RATE = 100e9  # bytes/s of a node's memory that CPU Adam reaches (DDR5, 8 channels x 2, a third)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,12 +77,12 @@ def _dispatch_seconds(job: Job, tokens: float, c: Constants) -> float:
 
 
 def _tensor_seconds(job: Job, tokens: float) -> float:
-    """Sequence-parallel gathers and scatters of one forward through a stage (NVLink, as large transfers)."""
+    """Sequence-parallel gathers and scatters of one forward through a stage at NVLink's rate."""
     model, lay = job.model, job.layout
     if lay.tensor == 1:
         return 0.0
     sent = 4 * tokens / lay.context * model.hidden * 2 * (lay.tensor - 1) / lay.tensor
-    return model.layers / lay.pipeline * sent / (0.55 * lay.gpu.link)
+    return model.layers / lay.pipeline * sent / lay.gpu.link
 
 
 def optimizer_seconds(job: Job, c: Constants) -> float:
@@ -95,7 +93,7 @@ def optimizer_seconds(job: Job, c: Constants) -> float:
     seconds = 6 * local / (c.network * 1e9 if across else c.dispatch * lay.gpu.link) if lay.data > 1 else 0.0
     if lay.cpu_optimizer:
         nodes = max(1, lay.train_gpus // lay.gpu.per_node)
-        seconds += CPU_OPTIMIZER_BYTES * job.model.total / nodes / CPU_OPTIMIZER_RATE
+        seconds += CPU_OPTIMIZER_BYTES * job.model.total / nodes / (c.cpu_optimizer * 1e9)
     return seconds
 
 
@@ -146,7 +144,7 @@ def decode_seconds(job: Job, sequences: Values, context: Values, c: Constants) -
     )
     cache = sequences * context * model.kv_bytes / min(ranks, model.kv_shards)
     memory = (weights / ranks + cache) / (lay.gpu.hbm * c.decode_hbm)
-    compute = sequences * 2 * model.active / ranks / (lay.gpu.flops * 0.5)
+    compute = sequences * 2 * model.active / ranks / (lay.gpu.flops * c.gemm_dense)
     host = c.decode_step * 1e-3 + (model.layers * c.decode_layer + model.moe_layers * c.decode_moe) * 1e-6
     reduce = 2 * model.layers * c.allreduce * 1e-6 * math.log2(ranks) if ranks > 1 else 0.0
     return np.asarray(np.maximum(memory, compute) + host + reduce)
@@ -162,11 +160,11 @@ def kv_tokens(job: Job, c: Constants) -> float:
     return room / (model.kv_bytes * max(1.0, ranks / model.kv_shards))
 
 
-def kv_need(job: Job) -> tuple[float, float]:
+def kv_need(job: Job, c: Constants) -> tuple[float, float]:
     """(tokens of KV cache that the requests of one engine want, tokens per sequence)."""
     work, lay = job.work, job.layout
     engines = max(1, lay.rollout_gpus // lay.rollout_tensor)
-    per_sequence = work.prompt_tokens / work.samples + 0.8 * moments(work.lengths)[0]
+    per_sequence = work.prompt_tokens / work.samples + c.kv_share * moments(work.lengths)[0]
     return work.sequences / engines * per_sequence, per_sequence
 
 
@@ -177,10 +175,10 @@ def rollout_seconds(job: Job, c: Constants) -> tuple[float, float]:
     each = work.sequences / engines
     prompts = max(work.prompts / engines, min(1.0, each))
     prefill = (
-        prompts * work.prompt_tokens * 2 * model.active / lay.rollout_tensor / (lay.gpu.flops * PREFILL_SHARE)
+        prompts * work.prompt_tokens * 2 * model.active / lay.rollout_tensor / (lay.gpu.flops * c.gemm_dense)
     )
     mean, square = moments(work.lengths)
-    slots = max(1.0, min(each, kv_tokens(job, c) / kv_need(job)[1], lay.max_sequences))
+    slots = max(1.0, min(each, kv_tokens(job, c) / kv_need(job, c)[1], lay.max_sequences))
     busy = float(decode_seconds(job, slots, work.prompt_tokens + square / mean / 2, c))
     steady = prefill + each * mean / slots * busy
     if lay.mode == "async":
