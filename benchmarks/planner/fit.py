@@ -1,10 +1,13 @@
-"""Fits the planner's throughput constants to the published rows that are NOT held out, and reports the errors.
+"""Fits the planner's throughput constants to the published rows that are NOT held out, and reports the
+errors.
 
 python benchmarks/planner/fit.py POINTS_CSV            fit, print the constants (to paste into hardware.py)
-python benchmarks/planner/fit.py POINTS_CSV --report   no fit: errors of the committed constants, calibration | held out
+python benchmarks/planner/fit.py POINTS_CSV --report   no fit: errors of the committed constants,
+calibration | held out
 
-Least squares on log(predicted / published) with a weak log-normal prior on every constant, centred on PRIOR: values
-guessed by hand before any fit (notes/planner.md, "hand-guessed constants"). Gauss-Newton with damping, numpy only.
+Least squares on log(predicted / published) with a weak log-normal prior on every constant, centred on
+PRIOR: values guessed by hand before any fit (notes/planner.md, "hand-guessed constants"). Gauss-Newton with
+damping, numpy only.
 """
 
 from __future__ import annotations
@@ -23,9 +26,9 @@ from redone.planner.published import Point, read_holdout, read_points
 
 HOLDOUT = Path(__file__).parents[2] / "redone/planner/holdout.txt"
 PRIOR = dict(
-    gemm_dense=0.55, gemm_expert=0.40, fp8_gain=1.5, layer_floor=0.30, moe_floor=1.3, dispatch=0.6, network=35.0,
-    decode_hbm=0.75, decode_step=4.0, decode_layer=15.0, decode_moe=40.0, allreduce=12.0, fixed=8.0, transition=6.0,
-    overlap=0.12, stack_nemo=1.0, stack_verl=1.0, stack_skyrl=1.0, stack_tuned=0.8,
+    gemm_dense=0.55, gemm_expert=0.40, fp8_gain=1.5, layer_floor=0.30, moe_floor=1.3, dispatch=0.6,
+    network=35.0, decode_hbm=0.75, decode_step=4.0, decode_layer=15.0, decode_moe=40.0, allreduce=12.0,
+    fixed=8.0, transition=6.0, overlap=0.12, stack_nemo=1.0, stack_verl=1.0, stack_skyrl=1.0, stack_tuned=0.8,
 )  # fmt: skip
 WIDTH = dict.fromkeys(PRIOR, math.log(1.5)) | {"stack_skyrl": math.log(4), "stack_verl": math.log(2)}
 NOISE = 0.15  # two releases of one configuration differ by 7 % in the median and 18 % at the 80th percentile
@@ -79,12 +82,14 @@ def _same(a: Point, b: Point) -> bool:
 
 
 def errors(points: list[Point], constants: Constants) -> np.ndarray:
-    """|time predicted / published - 1|, over- and under-prediction alike measured against the published figure."""
+    """|time predicted / published - 1|, over- and under-prediction alike measured against the published
+    figure."""
     return np.array([abs(p.slowness(constants) - 1) for p in points])
 
 
 def pairs(points: list[Point], constants: Constants, gap: float = 0.10) -> list[tuple[str, str, bool, bool]]:
-    """(faster, slower, ordered right, different layouts or modes) of every two rows of one family and kind whose
+    """(faster, slower, ordered right, different layouts or modes) of every two rows of one family and kind
+    whose
     published rates differ by more than `gap`."""
     found = []
     for a, b in combinations(points, 2):
@@ -101,7 +106,8 @@ def show(title: str, points: list[Point], constants: Constants) -> None:
     e = errors(points, constants)
     inside = [float((e <= limit).mean()) for limit in (0.25, 0.35, 0.60)]
     sys.stdout.write(
-        f"{title:12s} {len(e):3d} rows  median {np.median(e):.1%}  p80 {np.quantile(e, 0.8):.1%}  worst {e.max():.1%}"
+        f"{title:12s} {len(e):3d} rows  median {np.median(e):.1%}  p80 {np.quantile(e, 0.8):.1%}"
+        f"  worst {e.max():.1%}"
         f"  within 25/35/60 %: {inside[0]:.0%} {inside[1]:.0%} {inside[2]:.0%}\n"
     )
 

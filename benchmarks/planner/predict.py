@@ -65,22 +65,24 @@ def row(name: str, mode: str, one: Job) -> str:
     s: Phases = predict(one)
     rate = one.work.tokens / s.step / one.layout.gpus
     parts = f"{s.rollout:.0f} | {s.logprobs:.0f} | {s.update:.0f} | {s.sync + s.fixed:.0f}"
+    samples = band(one.work.sequences / s.step)
     note = "" if cache_margin(one) >= MARGIN else " (KV cache near its limit: not predicted)"
-    return (
-        f"| {name} | {mode}{note} | {band(s.step)} | {band(one.work.sequences / s.step)} | {band(rate)} | {parts} |\n"
-    )
+    return f"| {name} | {mode}{note} | {band(s.step)} | {samples} | {band(rate)} | {parts} |\n"
 
 
 def main() -> None:
     out = sys.stdout.write
-    out("| workload, 4 nodes | mode | step [s] | samples/s | tokens/s/GPU | rollout | log-probs | update | rest |\n")
+    out(
+        "| workload, 4 nodes | mode | step [s] | samples/s | tokens/s/GPU"
+        " | rollout | log-probs | update | rest |\n"
+    )
     out("|---|---|---|---|---|---|---|---|---|\n")
     for name, (work, kinds) in WORK.items():
         for shared in kinds:
             kind = "prefix-shared" if shared else "plain"
             out(row(name, f"colocated, {kind}", job(work, 4, shared)))
         out(row(name, f"2 + 2 nodes, {kind}", job(work, 4, kinds[-1], 2)))
-    out("\n| scaling, step [s] | " + " | ".join(f"{n} nodes" for n in NODES) + " |\n")
+    out("\n| step [s] on nodes | " + " | ".join(f"{n}" for n in NODES) + " |\n")
     out("|---|" + "---|" * len(NODES) + "\n")
     for name, (work, kinds) in WORK.items():
         for kind in ("strong", "weak"):

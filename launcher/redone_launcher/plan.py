@@ -14,7 +14,8 @@ from redone.config.load import load_config
 from redone.errors import ConfigError
 from redone.planner.hardware import GPUS
 from redone.planner.lengths import SIGMA
-from redone.planner.report import Options, Plan, gate, make_plan, render
+from redone.planner.report import Options, Plan, gate, make_plan
+from redone.planner.text import render
 
 EXIT_BLOCKED = 1
 
@@ -32,7 +33,9 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
         "--lengths", dest="lengths_file", metavar="FILE", help="observed response lengths, one a line"
     )
     parser.add_argument("--host-memory", type=float, metavar="BYTES", help="RAM of a node")
-    parser.add_argument("--trainer-sleeps", action="store_true", help="trainer states leave the GPU in rollouts")
+    parser.add_argument(
+        "--trainer-sleeps", action="store_true", help="trainer states leave the GPU in rollouts"
+    )
     parser.add_argument("--cpu-optimizer", action="store_true", help="optimizer states live on the host")
     parser.add_argument(
         "--rollout-nodes", type=int, default=0, metavar="N", help="nodes for engines alone (asynchronous)"

@@ -1,7 +1,8 @@
 """What the planner knows of machines: data-sheet figures per GPU, and the table of its constants.
 
-GPU figures are facts of the product (dense bf16 rate, bandwidths, memory as nvidia-smi reports it). Everything that
-was fitted or guessed is a field of `Constants`, at most 25 of them, each with unit, meaning and source.
+GPU figures are facts of the product (dense bf16 rate, bandwidths, memory as nvidia-smi reports it).
+Everything that was fitted or guessed is a field of `Constants`, at most 25 of them, each with unit, meaning
+and source.
 """
 
 from __future__ import annotations
@@ -28,11 +29,26 @@ class Gpu:
 GPUS = {
     g.name: g
     for g in (
-        Gpu(name="a100", memory=85.9e9, flops=312e12, hbm=2.04e12, link=165e9, domain=8, per_node=8, host_memory=2e12),
-        Gpu(name="h100", memory=85.5e9, flops=989e12, hbm=3.35e12, link=250e9, domain=8, per_node=8, host_memory=2e12),
-        Gpu(name="h200", memory=150.7e9, flops=989e12, hbm=4.8e12, link=250e9, domain=8, per_node=8, host_memory=2e12),
-        Gpu(name="h20", memory=102.6e9, flops=148e12, hbm=4.0e12, link=250e9, domain=8, per_node=8, host_memory=2e12),
-        Gpu(name="gb200", memory=198e9, flops=2450e12, hbm=8e12, link=500e9, domain=72, per_node=4, host_memory=0.9e12),
+        Gpu(
+            name="a100", memory=85.9e9, flops=312e12, hbm=2.04e12, link=165e9,
+            domain=8, per_node=8, host_memory=2e12,
+        ),
+        Gpu(
+            name="h100", memory=85.5e9, flops=989e12, hbm=3.35e12, link=250e9,
+            domain=8, per_node=8, host_memory=2e12,
+        ),
+        Gpu(
+            name="h200", memory=150.7e9, flops=989e12, hbm=4.8e12, link=250e9,
+            domain=8, per_node=8, host_memory=2e12,
+        ),
+        Gpu(
+            name="h20", memory=102.6e9, flops=148e12, hbm=4.0e12, link=250e9,
+            domain=8, per_node=8, host_memory=2e12,
+        ),
+        Gpu(
+            name="gb200", memory=198e9, flops=2450e12, hbm=8e12, link=500e9,
+            domain=72, per_node=4, host_memory=0.9e12,
+        ),
     )
 }  # fmt: skip
 
@@ -91,7 +107,10 @@ class Constants:
     )
     stack_tuned: float = _constant(0.617, "x", "pre-training benchmark with forced balance and overlap")
     cpu_optimizer: float = _constant(
-        71.0, "GB/s per node", "memory traffic that Adam on the host reaches", "assumed: 12 s for 30B on one node"
+        71.0,
+        "GB/s per node",
+        "memory traffic that Adam on the host reaches",
+        "assumed: 12 s for 30B on one node",
     )
     kv_share: float = _constant(
         0.8, "x mean length", "KV cache that a running sequence holds on average", "assumed"
@@ -107,7 +126,7 @@ class Constants:
         1.5, "x", "tokens of the fullest expert rank against the mean", "assumed; natural routing"
     )
     reserve: float = _constant(
-        3.5, "GB", "one process on a GPU: context, NCCL buffers, workspaces, fragmentation; as much again of host memory",
+        3.5, "GB", "one process: context, NCCL buffers, workspaces, fragmentation; as much of host RAM",
         "assumed between Megatron's 3 and vLLM's 4 (notes, section 5)",
     )  # fmt: skip
 

@@ -68,7 +68,9 @@ def legal_layouts(job: Job, *, longest: int, offload: bool = False) -> Iterator[
         for pipeline in (p for p in powers if p <= min(MAX_PIPELINE, shape.num_layers)):
             for expert in (e for e in powers if e <= max(1, shape.num_experts)):
                 etp = tensor if shape.num_experts and expert == 1 else 1
-                sizes = replace(base, tensor=tensor, pipeline=pipeline, expert=expert, expert_tensor=etp, virtual=1)
+                sizes = replace(
+                    base, tensor=tensor, pipeline=pipeline, expert=expert, expert_tensor=etp, virtual=1
+                )
                 if tensor * pipeline > base.train_gpus or check_layout(sizes, base.train_gpus, shape):
                     continue
                 for host in hosts:
@@ -78,7 +80,9 @@ def legal_layouts(job: Job, *, longest: int, offload: bool = False) -> Iterator[
 def _variants(layout: Layout, longest: int, kv_heads: int) -> Iterator[Layout]:
     """The same parallel sizes with other token budgets, recomputation and engines."""
     budgets = {layout.budget, max(longest, layout.budget // 2), max(longest, layout.budget // 4)}
-    for engine in (t for t in (1, 2, 4, 8) if t <= max(layout.gpu.per_node, 1) and layout.rollout_gpus % t == 0):
+    for engine in (
+        t for t in (1, 2, 4, 8) if t <= max(layout.gpu.per_node, 1) and layout.rollout_gpus % t == 0
+    ):
         for budget in sorted(budgets):
             for recompute in (False, True):
                 yield replace(layout, rollout_tensor=engine, budget=budget, recompute=recompute)
@@ -87,16 +91,14 @@ def _variants(layout: Layout, longest: int, kv_heads: int) -> Iterator[Layout]:
 def distance(a: Layout, b: Layout) -> float:
     """Doublings between two layouts; recomputation and the optimizer's place count as one each."""
     pairs = [
-        (a.tensor, b.tensor), (a.pipeline, b.pipeline), (a.expert, b.expert), (a.rollout_tensor, b.rollout_tensor),
-        (a.budget, b.budget),
+        (a.tensor, b.tensor), (a.pipeline, b.pipeline), (a.expert, b.expert),
+        (a.rollout_tensor, b.rollout_tensor), (a.budget, b.budget),
     ]  # fmt: skip
     changed = sum(abs(math.log2(x / y)) for x, y in pairs)
     return changed + (a.recompute != b.recompute) + (a.cpu_optimizer != b.cpu_optimizer)
 
 
-def fitting(
-    job: Job, sizes: Sizes, layouts: Iterable[Layout], c: Constants = DEFAULT
-) -> list[Candidate]:
+def fitting(job: Job, sizes: Sizes, layouts: Iterable[Layout], c: Constants = DEFAULT) -> list[Candidate]:
     """Candidates whose memory fits and whose rollout can be predicted."""
     found = []
     for layout in layouts:

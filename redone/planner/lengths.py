@@ -1,4 +1,5 @@
-"""Response lengths and how they fill micro-batches: the long tail decides both the rollout and the packing."""
+"""Response lengths and how they fill micro-batches: the long tail decides both the rollout and the
+packing."""
 
 from __future__ import annotations
 
@@ -57,7 +58,8 @@ def moments(lengths: Lengths) -> tuple[float, float]:
 
 
 def draw(lengths: Lengths, count: int) -> NDArray[np.float64]:
-    """`count` lengths in a fixed random order: the distribution repeated, so that its tail is always there."""
+    """`count` lengths in a fixed random order: the distribution repeated, so that its tail is always
+    there."""
     reps = -(-count // len(lengths))
     spread = np.sort(np.tile(np.asarray(lengths), reps))
     picked = spread[np.linspace(0, len(spread) - 1, count).round().astype(int)]

@@ -1,8 +1,8 @@
 """Bytes of one trainer rank, counted from what Megatron's modules, autograd and our head keep.
 
-Weights, gradients and optimizer are exact up to buffer padding. Activations are counted tensor by tensor for the
-torch modules of the CPU environment (tests/dist compares them with torch's profiler) and, with the same structure,
-for TransformerEngine's modules; those have not been measured on a GPU.
+Weights, gradients and optimizer are exact up to buffer padding. Activations are counted tensor by tensor
+for the torch modules of the CPU environment (tests/dist compares them with torch's profiler) and, with the
+same structure, for TransformerEngine's modules; those have not been measured on a GPU.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ class TrainerRanks:
     expert: int = 1
     expert_tensor: int = 1
     context: int = 1
-    modules: Modules = "te"  # torch: CPU stand-ins; te: redone on CUDA; fused: with fused activation and permutation
+    modules: Modules = (
+        "te"  # torch: CPU stand-ins; te: redone on CUDA; fused: with fused activation and permutation
+    )
     bytes_per_value: int = 2
     gradient_bytes: int = FP32
     recompute: bool = False
@@ -96,7 +98,8 @@ def layer_bytes(ranks: TrainerRanks, imbalance: float = 1.0) -> float:
     s, t, b = ranks.shape, ranks.tensor, ranks.bytes_per_value
     q, kv = s.heads * s.head_dim / t, s.kv_heads * s.head_dim / t
     torch_norms = ranks.modules == "torch"
-    # Plain norms keep their input and the normalised value in fp32, and the output; TE's keep input and output.
+    # Plain norms keep their input and the normalised value in fp32, and the output; TE's keep input and
+    # output.
     norms = 2 * s.hidden / t * ((2 * FP32 if torch_norms else b) + b)
     if s.qk_norm and torch_norms:
         norms += q * 2 * FP32 + kv * FP32 * (1 if b == FP32 else 2)
@@ -111,10 +114,13 @@ def _mlp_bytes(ranks: TrainerRanks, imbalance: float) -> float:
     s, b = ranks.shape, ranks.bytes_per_value
     if not s.num_experts:
         return (3 if ranks.modules == "fused" else 5) * s.ffn / ranks.tensor * b
-    # Sequence parallel ranks dispatch their own share of the tokens; expert_tensor ranks see all of their group's.
+    # Sequence parallel ranks dispatch their own share of the tokens; expert_tensor ranks see all of their
+    # group's.
     copies = s.experts_per_token * imbalance * ranks.expert_tensor / ranks.tensor
     ffn = (3 if ranks.modules == "fused" else 6) * s.moe_ffn / ranks.expert_tensor
-    return copies * (s.hidden + ffn) * b + FP32 * s.num_experts / ranks.tensor
+    # The all-to-all keeps one more copy of what it received (measured; HybridEP and DeepEP do not).
+    inputs = s.hidden * (2 if ranks.expert > 1 and ranks.modules != "fused" else 1)
+    return copies * (inputs + ffn) * b + FP32 * s.num_experts / ranks.tensor
 
 
 def transient_bytes(ranks: TrainerRanks) -> float:
@@ -144,7 +150,8 @@ def head_bytes(ranks: TrainerRanks) -> float:
 
 
 def rank_memory(ranks: TrainerRanks, stage: int, c: Constants = DEFAULT) -> RankMemory:
-    """Peak bytes of one rank. 1F1B keeps as many micro-batches in flight as stages follow, this one included."""
+    """Peak bytes of one rank. 1F1B keeps as many micro-batches in flight as stages follow, this one
+    included."""
     dense, expert = parameters(ranks, stage)
     b, layers = ranks.bytes_per_value, ranks.shape.num_layers / ranks.pipeline
     per_shard = FP32 * (2 if b == FP32 else 3)  # both moments, and master weights beside low-precision ones

@@ -1,4 +1,5 @@
-"""Sizes of a model as the planner needs them: exact parameter counts, and the models of the published runs."""
+"""Sizes of a model as the planner needs them: exact parameter counts, and the models of the published
+runs."""
 
 from __future__ import annotations
 
@@ -77,24 +78,46 @@ def planned(shape: ModelShape) -> PlannedModel:
 
 
 def _shape(
-    family: str, layers: int, hidden: int, heads: int, kv: int, ffn: int, vocab: int, experts: int = 0, top_k: int = 0,
-    moe_ffn: int = 0, tied: bool = False,
-) -> ModelShape:  # fmt: skip
+    family: str,
+    layers: int,
+    hidden: int,
+    heads: int,
+    kv: int,
+    ffn: int,
+    vocab: int,
+    experts: int = 0,
+    top_k: int = 0,
+    moe_ffn: int = 0,
+    tied: bool = False,
+) -> ModelShape:
     return ModelShape(
-        family=family, num_layers=layers, hidden=hidden, ffn=ffn, heads=heads, kv_heads=kv, head_dim=128, vocab=vocab,
-        max_positions=131072, rope_theta=1e6, norm_eps=1e-6, tied_embeddings=tied, qk_norm=family.startswith("qwen3"),
-        num_experts=experts, experts_per_token=top_k, moe_ffn=moe_ffn,
-    )  # fmt: skip
+        family=family,
+        num_layers=layers,
+        hidden=hidden,
+        ffn=ffn,
+        heads=heads,
+        kv_heads=kv,
+        head_dim=128,
+        vocab=vocab,
+        max_positions=131072,
+        rope_theta=1e6,
+        norm_eps=1e-6,
+        tied_embeddings=tied,
+        qk_norm=family.startswith("qwen3"),
+        num_experts=experts,
+        experts_per_token=top_k,
+        moe_ffn=moe_ffn,
+    )
 
 
-# DeepSeek-V3: latent attention (187 M per layer, 576 KV values), 3 dense layers, one shared expert. Hugging Face
-# config.json of deepseek-ai/DeepSeek-V3; attention's effective head size is (192 + 128) / 2.
+# DeepSeek-V3: latent attention (187 M per layer, 576 KV values), 3 dense layers, one shared expert. Hugging
+# Face config.json of deepseek-ai/DeepSeek-V3; attention's effective head size is (192 + 128) / 2.
 _V3_DENSE = 61 * 187_107_328 + 3 * 3 * 7168 * 18432 + 58 * (3 * 7168 * 2048 + 7168 * 256) + 2 * 7168 * 129280
 _V3_ACTIVE = _V3_DENSE - 7168 * 129280 + 58 * 8 * 3 * 7168 * 2048
 DEEPSEEK_V3 = PlannedModel(
     layers=61, hidden=7168, vocab=129280, heads=128, kv_shards=1, attention_width=128 * 160, dense=_V3_DENSE,
-    expert=58 * 256 * 3 * 7168 * 2048, active=_V3_ACTIVE, experts=256, top_k=8, moe_layers=58, expert_ffn=2048,
-    kv_bytes=576 * 2.0 * 61,
+    expert=58 * 256 * 3 * 7168 * 2048, active=_V3_ACTIVE, experts=256, top_k=8, moe_layers=58,
+    expert_ffn=2048, kv_bytes=576 * 2.0 * 61,
 )  # fmt: skip
 
 # By the names of the published points. Sizes from the models' config.json.

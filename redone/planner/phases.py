@@ -52,7 +52,8 @@ class Sizes:
 
 
 def gpu_phases(job: Job, sizes: Sizes, c: Constants = DEFAULT) -> list[PhaseMemory]:
-    """Every phase of every kind of rank; first, a middle and the last pipeline stage are kinds of their own."""
+    """Every phase of every kind of rank; first, a middle and the last pipeline stage are kinds of their
+    own."""
     found = []
     stages = sorted({0, sizes.ranks.pipeline // 2, sizes.ranks.pipeline - 1})
     for stage in stages:
@@ -63,9 +64,7 @@ def gpu_phases(job: Job, sizes: Sizes, c: Constants = DEFAULT) -> list[PhaseMemo
     return found
 
 
-def _trainer_phases(
-    job: Job, sizes: Sizes, name: str, memory: RankMemory, c: Constants
-) -> list[PhaseMemory]:
+def _trainer_phases(job: Job, sizes: Sizes, name: str, memory: RankMemory, c: Constants) -> list[PhaseMemory]:
     lay, limit = job.layout, job.layout.gpu.memory
     colocated = lay.mode == "sync" and lay.rollout_gpus > 0
     context = ("contexts and fragmentation", (2 if colocated else 1) * c.reserve * 1e9)
@@ -99,7 +98,8 @@ def _engine_weights(job: Job) -> float:
 
 
 def _engine_phase(job: Job, held: tuple[tuple[str, float], ...], name: str, c: Constants) -> PhaseMemory:
-    """The engine takes its share of the GPU whatever it needs; the trainer's states and context come on top."""
+    """The engine takes its share of the GPU whatever it needs; the trainer's states and context come on
+    top."""
     lay = job.layout
     weights = _engine_weights(job)
     cache = lay.utilization * lay.gpu.memory - weights - c.reserve * 1e9
@@ -146,7 +146,8 @@ def host_memory(job: Job, sizes: Sizes, c: Constants = DEFAULT) -> PhaseMemory:
 def published_host(
     model_total: int, local: float, nodes: int, per_node: int, *, copies: int = 2, c: Constants = DEFAULT
 ) -> float:
-    """Bytes per node as slime and verl use them: Adam and its gradients on the host (fp32), swapped weights and
+    """Bytes per node as slime and verl use them: Adam and its gradients on the host (fp32), swapped weights
+    and
     gradients, `copies` bf16 backups (actor and reference), one process per GPU."""
     return 16 * model_total / nodes + (6 + 2 * copies) * local * per_node + per_node * c.reserve * 1e9
 

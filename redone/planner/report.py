@@ -1,4 +1,5 @@
-"""`redone plan`: one configuration on N nodes of a GPU, as a plan, as text, and as the gate before a launch."""
+"""`redone plan`: one configuration on N nodes of a GPU as a plan, and the gate before a launch."""
+launch."""
 
 from __future__ import annotations
 
@@ -56,7 +57,8 @@ class Plan:
 
 
 def make_plan(cfg: Config, hf: Mapping[str, Any], options: Options, c: Constants = DEFAULT) -> Plan:
-    """Plan `cfg` with the model of config.json `hf`. Raises ConfigError when the layout is not legal there."""
+    """Plan `cfg` with the model of config.json `hf`. Raises ConfigError when the layout is not legal
+    there."""
     try:
         shape = ModelShape.from_hf(hf)
     except (KeyError, ValueError) as error:
@@ -86,13 +88,13 @@ def make_plan(cfg: Config, hf: Mapping[str, Any], options: Options, c: Constants
     )
 
 
-def describe_job(
-    cfg: Config, shape: ModelShape, options: Options
-) -> tuple[Job, list[str]]:
+def describe_job(cfg: Config, shape: ModelShape, options: Options) -> tuple[Job, list[str]]:
     """The configuration's step and layout, and what had to be assumed."""
     a, r, machine = cfg.algorithm, cfg.rollout, gpu(options.gpu)
     if not 0 <= options.rollout_nodes < options.nodes:
-        raise ConfigError(f"--rollout-nodes {options.rollout_nodes}: use 0 (colocated) .. {options.nodes - 1}")
+        raise ConfigError(
+            f"--rollout-nodes {options.rollout_nodes}: use 0 (colocated) .. {options.nodes - 1}"
+        )
     lengths, prompt, assumed = _lengths(cfg, options)
     engines = options.rollout_nodes or options.nodes
     gpus = engines * machine.per_node
@@ -175,8 +177,8 @@ def _refusals(job: Job, c: Constants) -> Iterator[str]:
     margin = cache_margin(job, c)
     if margin < MARGIN:
         yield (
-            f"rollout seconds: an engine's KV cache is {max(margin, 0.0):.2f} x what its sequences want; below"
-            f" {MARGIN} x small errors move the step a lot. Raise rollout.gpu_memory_utilization or"
+            f"rollout seconds: an engine's KV cache is {max(margin, 0.0):.2f} x what its sequences want;"
+            f" below {MARGIN} x small errors move the step a lot. Raise rollout.gpu_memory_utilization or"
             " rollout.tensor_model_parallel_size"
         )
     if job.layout.context > 1:
@@ -192,7 +194,8 @@ def _sensitivity(job: Job, sizes: Sizes, c: Constants) -> Iterator[tuple[float, 
 
 
 def _mfu(job: Job, hf: Mapping[str, Any], chosen: Candidate) -> tuple[float, float]:
-    """Useful FLOPs (forward and backward once, every prompt with every response) / peak: of the updates, of the step."""
+    """Useful FLOPs (forward and backward once, every prompt with every response) / peak: of the updates, of
+    the step."""
     flops, work = model_flops(hf), job.work
     mean, square = moments(work.lengths)
     tokens = work.prompt_tokens + mean
@@ -262,55 +265,3 @@ def compare(plan: Plan, step_seconds: Sequence[float], c: Constants = DEFAULT) -
         multiplier=ratio,
         band=c.band_near,
     )
-
-
-def render(plan: Plan) -> str:
-    """The plan as text."""
-    lay, seconds = plan.chosen.job.layout, plan.chosen.seconds
-    lines = [
-        f"plan of {plan.name}: {lay.nodes} nodes, {lay.gpus} x {lay.gpu.name.upper()} (predicted, not measured)",
-        f"layout: {lay.name()}",
-        "",
-        "memory per rank [GB]",
-        f"  {'phase':18s} {'rank':18s} {'need':>7s} {'limit':>7s}         binds",
-    ]
-    for p in plan.chosen.memory:
-        lines.append(
-            f"  {p.phase:18s} {p.rank:18s} {p.total / GB:7.1f} {p.limit / GB:7.1f}  {p.colour:6s} {p.binds}"
-        )
-    lines += ["", *_seconds_lines(plan)]
-    for title, chosen in (("nearest layouts that fit", plan.near), ("fastest layouts that fit", plan.best)):
-        if chosen:
-            lines += ["", title]
-            lines += [f"  {x.seconds.step:7.1f} s  {x.job.layout.name()}" for x in chosen]
-    if not seconds.step or plan.assumed:
-        lines += ["", "assumed", *(f"  {text}" for text in plan.assumed)]
-    for title, texts in (("blocks", gate(plan)), ("warnings", warnings(plan))):
-        if texts:
-            lines += ["", title, *(f"  {text}" for text in texts)]
-    return "\n".join(lines)
-
-
-def _seconds_lines(plan: Plan) -> list[str]:
-    lay, s = plan.chosen.job.layout, plan.chosen.seconds
-    if plan.refused:
-        rows = [f"  {share:.2f} of GPU memory for the engine: {step:.0f} s a step" for share, step in plan.sensitivity]
-        return ["seconds per step: not predicted", *(f"  {r}" for r in plan.refused), "  sensitivity:", *rows]
-    low, high = s.step / plan.band, s.step * plan.band
-    rate = plan.tokens / s.step / lay.gpus
-    lines = [f"seconds per step: {s.step:.1f}   P10-P90 {low:.1f} .. {high:.1f}"]
-    for name, value in (
-        ("rollout", s.rollout),
-        ("  of it tail", s.tail),
-        ("log-probabilities", s.logprobs),
-        ("update", s.update),
-        ("weight update", s.sync),
-        ("fixed", s.fixed),
-    ):
-        lines.append(f"  {name:18s} {value:7.1f}   {value / plan.band:.1f} .. {value * plan.band:.1f}")
-    return [
-        *lines,
-        f"tokens/s/GPU: {rate:.0f}   P10-P90 {rate / plan.band:.0f} .. {rate * plan.band:.0f}",
-        f"samples/s: {plan.chosen.job.work.sequences / s.step:.1f}",
-        f"MFU: {plan.update_mfu:.1%} of the updates, {plan.step_mfu:.1%} of the step",
-    ]

@@ -135,7 +135,8 @@ def mean_context(job: Job) -> float:
 
 
 def decode_seconds(job: Job, sequences: Values, context: Values, c: Constants) -> NDArray[np.float64]:
-    """One decode step of one engine with `sequences` sequences of mean context `context` (scalars or arrays)."""
+    """One decode step of one engine with `sequences` sequences of mean context `context` (scalars or
+    arrays)."""
     model, lay = job.model, job.layout
     ranks = lay.rollout_tensor
     touched = 1 - (1 - model.top_k / model.experts) ** np.asarray(sequences) if model.experts else 0.0

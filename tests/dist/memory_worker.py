@@ -1,4 +1,5 @@
-"""One rank of the memory tests: what torch's profiler sees of a real trainer, `python memory_worker.py JOB RANK`."""
+"""One rank of the memory tests: what torch's profiler sees of a real trainer, `python memory_worker.py JOB
+RANK`."""
 
 from __future__ import annotations
 
@@ -37,7 +38,10 @@ def make_config(path: str, layout: list[int], tokens: int, **options: Any) -> Co
                 ),
                 "max_token_len_per_rank": tokens,
                 "recompute": options.get("recompute", "none"),
-                "head": {"backend": options.get("head", "chunked"), "chunk_tokens": options.get("chunk", 128)},
+                "head": {
+                    "backend": options.get("head", "chunked"),
+                    "chunk_tokens": options.get("chunk", 128),
+                },
                 "timeout_s": 120.0,
             },
             "cluster": {"gpus_per_node": dist.get_world_size()},
@@ -125,7 +129,8 @@ def profile_first_steps(trainer: Any) -> list[float]:
 
 
 def measure(path: str, layout: list[int], tokens: int, **options: Any) -> list[dict[str, float]]:
-    """Per rank, in bytes: what the build left (`built`), what the first optimizer step added (`moments`), and the
+    """Per rank, in bytes: what the build left (`built`), what the first optimizer step added (`moments`),
+    and the
     `peak` of a third update above them."""
     micro = options.pop("microbatches", 2)
     cfg = make_config(path, layout, tokens, **options)

@@ -1,4 +1,5 @@
-"""The planner's memory model against torch's profiler on real trainer ranks: small models, 14 layouts and options."""
+"""The planner's memory model against torch's profiler on real trainer ranks: small models, 14 layouts and
+options."""
 
 from __future__ import annotations
 

@@ -27,7 +27,8 @@ def test_parameters_are_exact() -> None:
     # The recorder's count leaves norms out.
     hf = dict(
         hidden_size=2048, num_hidden_layers=48, num_attention_heads=32, num_key_value_heads=4, head_dim=128,
-        intermediate_size=6144, vocab_size=151936, num_experts=128, num_experts_per_tok=8, moe_intermediate_size=768,
+        intermediate_size=6144, vocab_size=151936, num_experts=128, num_experts_per_tok=8,
+        moe_intermediate_size=768,
     )  # fmt: skip
     norms = 48 * (2 * 2048 + 2 * 128) + 2048
     assert parameter_count(hf) + norms == MODEL.total
@@ -60,8 +61,15 @@ def peak(name: str = "h100", residue: float = 0.0, **changes: object) -> float:
 
 
 def test_states_of_the_published_layouts() -> None:
-    """notes/megatron.md, section 7: GiB per GPU with fp32 gradients and sharded fp32 master weights and moments."""
-    for world, tensor, expert, gib in ((8, 4, 8, 65.1), (8, 1, 8, 71.5), (16, 2, 8, 45.9), (16, 1, 16, 40.1), (32, 2, 8, 35.2)):
+    """notes/megatron.md, section 7: GiB per GPU with fp32 gradients and sharded fp32 master weights and
+    moments."""
+    for world, tensor, expert, gib in (
+        (8, 4, 8, 65.1),
+        (8, 1, 8, 71.5),
+        (16, 2, 8, 45.9),
+        (16, 1, 16, 40.1),
+        (32, 2, 8, 35.2),
+    ):
         ranks = dataclasses.replace(PEER, world=world, tensor=tensor, expert=expert)
         assert rank_memory(ranks, 0).states / GIB == pytest.approx(gib, rel=0.01)
     offloaded = dataclasses.replace(PEER, world=8, tensor=4, expert=8, cpu_optimizer=True)
@@ -69,7 +77,8 @@ def test_states_of_the_published_layouts() -> None:
 
 
 def test_megatron_bridge_measured_62_gib() -> None:
-    """What torch had allocated, so without a context; fused cross-entropy (Bridge's default): 4 bytes per logit."""
+    """What torch had allocated, so without a context; fused cross-entropy (Bridge's default): 4 bytes per
+    logit."""
     ranks = dataclasses.replace(PEER, world=16, expert=16, logit_bytes=4.0, device=False)
     need = rank_memory(ranks, 0).update
     assert need / GIB == pytest.approx(62.17, rel=0.10)

@@ -1,6 +1,8 @@
-"""The planner's seconds against published runs: held-out rows (redone/planner/holdout.txt) test, the others guard.
+"""The planner's seconds against published runs: held-out rows (redone/planner/holdout.txt) test, the others
+guard.
 
-Targets are the issue's. Where the model misses one, the test states it as an expected failure with the figure.
+Targets are the issue's. Where the model misses one, the test states it as an expected failure with the
+figure.
 """
 
 from __future__ import annotations
@@ -35,7 +37,8 @@ def chosen(points: list[Point], held: dict[str, str], kind: str) -> np.ndarray:
 
 
 def ordered(points: list[Point]) -> list[tuple[str, str, bool]]:
-    """(faster, slower, predicted so) of two rows of one stack, model line and GPU with a published gap over 10 %."""
+    """(faster, slower, predicted so) of two rows of one stack, model line and GPU with a published gap over
+    10 %."""
     found = []
     for a, b in combinations(points, 2):
         if a.family == b.family and a.kind == b.kind:
@@ -45,7 +48,9 @@ def ordered(points: list[Point]) -> list[tuple[str, str, bool]]:
     return found
 
 
-def test_at_least_15_configurations_are_held_out(repo: Path, points: list[Point], held: dict[str, str]) -> None:
+def test_at_least_15_configurations_are_held_out(
+    repo: Path, points: list[Point], held: dict[str, str]
+) -> None:
     lines = (repo / "redone/planner/holdout.txt").read_text().splitlines()
     assert sum(line.startswith(("in ", "cross ")) for line in lines) >= 15
     assert set(held) <= {p.id for p in points} and set(held.values()) == {"in", "cross"}

@@ -1,4 +1,5 @@
-"""`redone plan` on Qwen3-30B-A3B: phases, the gate, nearest layouts, refusals, and the comparison with real steps."""
+"""`redone plan` on Qwen3-30B-A3B: phases, the gate, nearest layouts, refusals, and the comparison with real
+steps."""
 
 from __future__ import annotations
 
@@ -7,17 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from redone_launcher.plan import plan_command
 
 from redone.config.load import config_from_dict
 from redone.config.schema import Config
 from redone.errors import ConfigError
 from redone.planner.layouts import distance
-from redone.planner.report import Options, Plan, compare, gate, make_plan, render, warnings
-from redone_launcher.plan import plan_command
+from redone.planner.report import Options, Plan, compare, gate, make_plan, warnings
+from redone.planner.text import render
 
 HF: dict[str, Any] = dict(
-    model_type="qwen3_moe", num_hidden_layers=48, hidden_size=2048, intermediate_size=6144, num_attention_heads=32,
-    num_key_value_heads=4, head_dim=128, vocab_size=151936, max_position_embeddings=40960, rope_theta=1e6,
+    model_type="qwen3_moe", num_hidden_layers=48, hidden_size=2048, intermediate_size=6144, 
+    num_attention_heads=32, num_key_value_heads=4, head_dim=128, vocab_size=151936, max_position_embeddings=40960, rope_theta=1e6,
     rms_norm_eps=1e-6, num_experts=128, num_experts_per_tok=8, moe_intermediate_size=768, norm_topk_prob=True,
 )  # fmt: skip
 TREE: dict[str, Any] = {
@@ -84,7 +86,9 @@ def test_the_nemo_workload_is_near_its_published_192_seconds(asleep: Plan) -> No
 
 
 def test_a_tight_cache_is_refused_with_its_sensitivity() -> None:
-    tight = make_plan(config(gpu_memory_utilization=0.58), HF, Options(nodes=4, gpu="h100", trainer_sleeps=True, **LENGTHS))
+    tight = make_plan(
+        config(gpu_memory_utilization=0.58), HF, Options(nodes=4, gpu="h100", trainer_sleeps=True, **LENGTHS)
+    )
     assert "KV cache" in tight.refused[0]
     steps = [seconds for _, seconds in tight.sensitivity]
     assert steps == sorted(steps, reverse=True) and steps[0] > 1.05 * steps[-1]
