@@ -1,5 +1,4 @@
 """`redone plan`: one configuration on N nodes of a GPU as a plan, and the gate before a launch."""
-launch."""
 
 from __future__ import annotations
 

@@ -18,8 +18,9 @@ from redone.planner.report import Options, Plan, compare, gate, make_plan, warni
 from redone.planner.text import render
 
 HF: dict[str, Any] = dict(
-    model_type="qwen3_moe", num_hidden_layers=48, hidden_size=2048, intermediate_size=6144, 
-    num_attention_heads=32, num_key_value_heads=4, head_dim=128, vocab_size=151936, max_position_embeddings=40960, rope_theta=1e6,
+    model_type="qwen3_moe", num_hidden_layers=48, hidden_size=2048, intermediate_size=6144,
+    num_attention_heads=32, num_key_value_heads=4, head_dim=128, vocab_size=151936,
+    max_position_embeddings=40960, rope_theta=1e6,
     rms_norm_eps=1e-6, num_experts=128, num_experts_per_tok=8, moe_intermediate_size=768, norm_topk_prob=True,
 )  # fmt: skip
 TREE: dict[str, Any] = {
