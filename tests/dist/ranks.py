@@ -31,9 +31,13 @@ class Group:
 
 
 def run_cases(
-    world: int, cases: Sequence[tuple[str, str, dict[str, Any]]], folder: Path, timeout_s: float
+    world: int,
+    cases: Sequence[tuple[str, str, dict[str, Any]]],
+    folder: Path,
+    timeout_s: float,
+    worker: Path = WORKER,
 ) -> Group:
-    """Run cases [(name, function in worker.py, arguments)] on `world` ranks.
+    """Run cases [(name, function in `worker`, arguments)] on `world` ranks.
 
     Raises RuntimeError with the failing rank's last lines when any rank fails or the time is over.
     """
@@ -55,7 +59,7 @@ def run_cases(
     ranks = []
     for rank in range(world):
         with open(folder / f"rank{rank}.log", "w") as log:
-            command = [sys.executable, "-W", "ignore", str(WORKER), str(folder / "job.json"), str(rank)]
+            command = [sys.executable, "-W", "ignore", str(worker), str(folder / "job.json"), str(rank)]
             ranks.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
     try:
         _wait(ranks, start + timeout_s, folder)

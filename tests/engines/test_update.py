@@ -73,6 +73,20 @@ def test_flipped_byte_is_named_poisons_and_heals(live: LiveEngine) -> None:
     assert_engine_holds(live, new)
 
 
+def test_half_loaded_layers_do_not_leak_into_the_next_update(live: LiveEngine) -> None:
+    """Give up after bucket k, for many k: some cut every kind of layer in two. The last attempt is complete."""
+    new, buckets = live.next_weights()
+    broken = dataclasses.replace(buckets[0], digests=(0,) * len(buckets[0].digests))
+    for k in range(1, len(buckets), 2):
+        live.process.call("begin_update", live.plan)
+        for bucket in buckets[:k]:
+            live.process.call("load", bucket)
+        with pytest.raises(SyncError, match="arrived damaged"):
+            live.process.call("load", broken)
+    live.push(buckets, new)
+    assert_engine_holds(live, new)
+
+
 def test_missing_bucket_is_named_poisons_and_heals(live: LiveEngine) -> None:
     new, buckets = live.next_weights()
     missing = live.plan.tensors[live.plan.buckets[-1][0]].name

@@ -1,0 +1,73 @@
+"""`redone plan CONFIG --nodes N --gpu h100`: what a configuration would need and take, without running it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from redone.config.load import load_config
+from redone.errors import ConfigError
+from redone.planner.hardware import GPUS
+from redone.planner.lengths import SIGMA
+from redone.planner.report import Options, Plan, gate, make_plan
+from redone.planner.text import render
+
+EXIT_BLOCKED = 1
+
+
+def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `redone plan`; their names are Options' fields."""
+    parser.add_argument("config", help="YAML file; of model.path only config.json is read")
+    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="override a key of the configuration")
+    parser.add_argument("--nodes", type=int, required=True, metavar="N")
+    parser.add_argument("--gpu", required=True, help=", ".join(GPUS))
+    parser.add_argument("--prompt-tokens", type=float, metavar="N", help="mean prompt")
+    parser.add_argument("--response-tokens", type=float, metavar="N", help="mean response")
+    parser.add_argument("--sigma", type=float, default=SIGMA, metavar="S", help="of log response lengths")
+    parser.add_argument(
+        "--lengths", dest="lengths_file", metavar="FILE", help="observed response lengths, one a line"
+    )
+    parser.add_argument("--host-memory", type=float, metavar="BYTES", help="RAM of a node")
+    parser.add_argument(
+        "--trainer-sleeps", action="store_true", help="trainer states leave the GPU in rollouts"
+    )
+    parser.add_argument("--cpu-optimizer", action="store_true", help="optimizer states live on the host")
+    parser.add_argument(
+        "--rollout-nodes", type=int, default=0, metavar="N", help="nodes for engines alone (asynchronous)"
+    )
+
+
+def options_of(args: argparse.Namespace) -> Options:
+    return Options(**{f.name: getattr(args, f.name) for f in fields(Options)})
+
+
+def read_sizes(path: str | Path) -> dict[str, Any]:
+    """config.json of a model folder (weights are not needed). Raises ConfigError."""
+    file = Path(path) / "config.json"
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model.path={path}: cannot read {file} ({error}); planning needs it") from error
+    if not isinstance(found, dict):
+        raise ConfigError(f"{file} does not hold a JSON object; planning needs the model's sizes")
+    return found
+
+
+def build_plan(config: str | Path, overrides: Sequence[str], options: Options) -> Plan:
+    """Load and plan. Raises ConfigError: one message that says what to change."""
+    if options.nodes < 1:
+        raise ConfigError(f"--nodes {options.nodes}: use 1 or more")
+    cfg = load_config(config, overrides)
+    return make_plan(cfg, read_sizes(cfg.model.path), options)
+
+
+def plan_command(config: str | Path, overrides: Sequence[str], options: Options) -> int:
+    """Print the plan. Exit code 1 when the gate blocks, else 0."""
+    plan = build_plan(config, overrides, options)
+    sys.stdout.write(render(plan) + "\n")
+    return EXIT_BLOCKED if gate(plan) else 0
