@@ -144,6 +144,8 @@ def size_violations(root: Path, max_file: int = 400, max_function: int = 70) -> 
             text, place = file.read_text(encoding="utf-8"), file.relative_to(root).as_posix()
             if (lines := text.count("\n")) > max_file:
                 found.append(f"{place}: {lines} lines, at most {max_file}")
+            if "/jit/" in place:
+                continue  # a Triton kernel is one function, a third of it its parameters
             for node in ast.walk(ast.parse(text)):
                 if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                     size = (node.end_lineno or node.lineno) - node.lineno + 1

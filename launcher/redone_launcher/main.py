@@ -18,7 +18,7 @@ EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 
 
-def parser() -> argparse.ArgumentParser:
+def parser(planning: bool = False) -> argparse.ArgumentParser:
     """The command line, with a function `run(args) -> exit code` behind every subcommand."""
     top = argparse.ArgumentParser(
         prog="redone", description="Post-training of large language models for a domain."
@@ -58,6 +58,13 @@ def parser() -> argparse.ArgumentParser:
     )
     doctor.set_defaults(run=_doctor)
 
+    plan = commands.add_parser("plan", help="memory, predicted step time, and layouts that fit; runs nothing")
+    if planning:  # its choices come from the planner's tables, which take time to import
+        from redone_launcher.plan import add_plan_arguments
+
+        add_plan_arguments(plan)
+    plan.set_defaults(run=_plan)
+
     report = commands.add_parser("report", help="write a run folder's report.html again")
     report.add_argument("folder", type=Path, metavar="RUN_FOLDER")
     report.set_defaults(run=_report)
@@ -72,7 +79,8 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point. Exit codes: 0 done, 1 a check failed, 2 an error the user can act on, 130 interrupted."""
-    args = parser().parse_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    args = parser(planning="plan" in words[:2]).parse_args(words)
     logging.getLogger().addHandler(logging.NullHandler())  # nothing of ours goes to stderr unasked
     try:
         code: int = args.run(args)
@@ -104,6 +112,12 @@ def _run(args: argparse.Namespace) -> int:
 
     run_command(Path(config) if config is not None else None, overrides, args.resume)
     return 0
+
+
+def _plan(args: argparse.Namespace) -> int:
+    from redone_launcher.plan import options_of, plan_command
+
+    return plan_command(args.config, args.overrides, options_of(args))
 
 
 def _data_prepare(args: argparse.Namespace) -> int:

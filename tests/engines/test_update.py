@@ -74,7 +74,7 @@ def test_flipped_byte_is_named_poisons_and_heals(live: LiveEngine) -> None:
 
 
 def test_half_loaded_layers_do_not_leak_into_the_next_update(live: LiveEngine) -> None:
-    """Give up after bucket k, for many k: some cut every kind of layer in two. The last attempt is complete."""
+    """Give up after bucket k, for many k: some cut each kind of layer in two. Then a complete update."""
     new, buckets = live.next_weights()
     broken = dataclasses.replace(buckets[0], digests=(0,) * len(buckets[0].digests))
     for k in range(1, len(buckets), 2):
