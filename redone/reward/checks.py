@@ -78,7 +78,7 @@ CHECKERS: dict[str, Checker] = {
 
 
 def _within(found: int, args: Args) -> bool:
-    return args.get("min", 0) <= found <= args.get("max", found)
+    return bool(args.get("min", 0) <= found <= args.get("max", found))
 
 
 def _count_words(text: str, words: Sequence[str]) -> int:

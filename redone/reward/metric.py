@@ -53,7 +53,9 @@ class Metric:
         if factor == 0.0:
             return make_score(0.0, config, detail=why)
         chinese = has_han(reference) if config.language == "auto" else config.language == "zh"
-        parts = {name: METRICS[name](hypothesis, reference, chinese) for name, _ in self._mixture}
+        parts: dict[str, float] = {
+            name: METRICS[name](hypothesis, reference, chinese) for name, _ in self._mixture
+        }
         mixed = sum(weight * parts[name] for name, weight in self._mixture)
         return make_score(
             min(1.0, factor * mixed), config, parts={**parts, "length_factor": factor}, detail=why

@@ -45,7 +45,7 @@ def sweep_stale(cfg: WeightsConfig) -> list[str]:
     The lock that every ShmWriter holds protects files of a process in another pid namespace (a container
     that shares /dev/shm), whose pid looks dead from here. Returns the removed paths.
     """
-    removed = []
+    removed: list[str] = []
     directory = channel_dir(cfg)
     if not directory.is_dir():
         return removed

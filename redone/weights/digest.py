@@ -20,7 +20,7 @@ class Channel(Protocol):
 
 def digest(data: torch.Tensor) -> int:
     """xxh3_64 of a contiguous [n] uint8 CPU tensor, without copying it."""
-    return xxhash.xxh3_64_intdigest(memoryview(data.numpy()))
+    return xxhash.xxh3_64_intdigest(memoryview(data.numpy()))  # type: ignore[arg-type]
 
 
 def bucket_digests(plan: WeightPlan, index: int, channel: Channel) -> tuple[int, ...]:

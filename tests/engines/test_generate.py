@@ -115,7 +115,9 @@ def test_concurrent_prompts_keep_their_own_results(live: LiveEngine) -> None:
 def test_more_prefill_than_one_step_takes(live: LiveEngine) -> None:
     """48 distinct prompts of 120 tokens exceed the 4096 tokens of a step: whole prompts wait, none is cut."""
     prompts = [[3 + (i * (j + 1) + j) % 90 for j in range(120)] for i in range(48)]
+    live.process.call("pause")  # so that all stand in the queue when the first step is planned
     futures = [live.process.submit("generate", p, _sampling(8), [i]) for i, p in enumerate(prompts)]
+    live.process.call("resume")
     for prompt, future in zip(prompts, futures, strict=True):
         assert worst_difference(live, prompt, future.result(timeout=120)[0]) <= TOLERANCE
 

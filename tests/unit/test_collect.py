@@ -89,6 +89,9 @@ class FakeRewards:
         raw = self._rule(i, sample)
         return raw if isinstance(raw, Score) else Score(raw=raw, value=raw, correct=raw >= 1)
 
+    def metrics(self) -> dict[str, float]:
+        return {}
+
 
 def mixed(i: int, sample: int) -> float:
     return float(sample == 0)

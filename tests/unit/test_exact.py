@@ -7,7 +7,7 @@ import pytest
 
 from redone.config.schema import CustomReward, ExactReward
 from redone.errors import ConfigError
-from redone.reward.exact import last_box
+from redone.reward.extract import last_box
 from redone.reward.pool import build_rewards
 from redone.types import Completion, Finish, Message, Prompt, Score
 
