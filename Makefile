@@ -70,10 +70,10 @@ system-packages:
 	fi
 
 test: system-packages lint
-	$(PYTEST) -m "not slow and not gpu and not sglang"
+	$(PYTEST) -m "not slow and not unproven and not gpu and not sglang"
 
 test-full: system-packages lint
-	$(PYTEST) -m "slow and not gpu and not sglang"
+	$(PYTEST) -m "slow and not unproven and not gpu and not sglang"
 
 lint: install
 	$(VENV)/bin/ruff check .

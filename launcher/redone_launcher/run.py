@@ -122,7 +122,9 @@ def train(cfg: Config, folder: RunFolder, inputs: Inputs, resumed: bool) -> None
         for note in inputs.notes:
             recorder.note(note)
         cluster = RayCluster(cfg, folder.path / "logs", recorder.note)
-        signal.signal(signal.SIGTERM, _interrupt)  # after ray.init, which takes it for a crash handler
+        # After ray.init, which takes SIGTERM for a crash handler; a background job ignores SIGINT.
+        signal.signal(signal.SIGTERM, _interrupt)
+        signal.signal(signal.SIGINT, _interrupt)
         run = RlRun(
             cfg=cfg,
             folder=folder,

@@ -25,7 +25,12 @@ def child(process: subprocess.Popen[str], log: str) -> psutil.Process:
 
 
 def finish(process: subprocess.Popen[str]) -> str:
-    output, _ = process.communicate(timeout=180)
+    try:
+        output, _ = process.communicate(timeout=180)
+    except subprocess.TimeoutExpired:
+        process.terminate()
+        output, _ = process.communicate(timeout=60)
+        raise AssertionError(f"the run went on:\n{output}") from None
     return output
 
 

@@ -30,5 +30,6 @@ def test_kernels(repo: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.unproven
 def test_kernels_slow(repo: Path) -> None:
     interpret(repo, "slow")

@@ -54,6 +54,7 @@ FAULTS = {
 
 
 @pytest.mark.slow
+@pytest.mark.unproven
 @pytest.mark.parametrize("name", FAULTS)
 def test_fault_is_found(name: str, repo: Path, tmp_path: Path) -> None:
     module, old, new, test = FAULTS[name]

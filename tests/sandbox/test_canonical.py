@@ -73,6 +73,7 @@ def test_wrong_solutions_fail(sandbox: Sandbox, redone_data: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.unproven
 def test_fifty_executions_a_second(sandbox: Sandbox) -> None:
     """On 2 idle cores; measured as executions per second of CPU time where other work shares them."""
     import os

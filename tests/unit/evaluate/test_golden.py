@@ -57,6 +57,7 @@ def test_released_scorers_of_the_light_files(redone_data: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.unproven
 def test_released_scorers_of_all_files(redone_data: Path) -> None:
     files = vectors(redone_data)
     assert len(files) == 75
