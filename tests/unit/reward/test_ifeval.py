@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from redone.reward.ifeval import ABBREVIATIONS, INSTRUCTIONS, count_sentences, loose, strict
+from redone.reward.ifeval import (
+    ABBREVIATIONS,
+    INSTRUCTIONS,
+    count_placeholders,
+    count_sentences,
+    loose,
+    strict,
+)
 
 EN = "The quick brown fox jumps over the lazy dog near the river bank."
 # instruction, arguments, a text that follows it, a text that does not
@@ -195,3 +205,22 @@ def explained(name: str, args: dict[str, Any], text: str) -> bool:
     if name == "keywords:letter_frequency":
         return not args["letter"].isalpha()
     return name == "length_constraints:number_sentences" and any(stop in text for stop in "。！？")
+
+
+# as published: quadratic on the texts of test_long_texts_take_linear_time
+PLACEHOLDER, TITLE = re.compile(r"\[.*?\]"), re.compile(r"<<[^\n]+>>")
+STARS, DASHES = re.compile(r"^\s*\*[^\*].*$", re.M), re.compile(r"^\s*-.*$", re.M)
+PS, PPS = re.compile(r"\s*p\.\s?s\..*$", re.M), re.compile(r"\s*p\.\s?p\.\s?s.*$", re.M)
+
+
+@settings(max_examples=300)
+@given(st.text(alphabet="[]<>*- \n\x0b\u2028aPpSs.", max_size=30))
+def test_linear_readings_are_the_published_ones(text: str) -> None:
+    assert count_placeholders(text) == len(PLACEHOLDER.findall(text))
+    found = len(STARS.findall(text)) + len(DASHES.findall(text))
+    assert INSTRUCTIONS["detectable_format:number_bullet_lists"](text, {"num_bullets": found})
+    titled = any(t.lstrip("<").rstrip(">").strip() for t in TITLE.findall(text))
+    assert INSTRUCTIONS["detectable_format:title"](text, {}) == titled
+    for marker, pattern in (("P.S.", PS), ("P.P.S", PPS)):
+        follows = INSTRUCTIONS["detectable_content:postscript"](text, {"postscript_marker": marker})
+        assert follows == bool(pattern.search(text.lower()))
