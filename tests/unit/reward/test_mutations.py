@@ -102,7 +102,7 @@ FAULTS: dict[str, Fault] = {
         "judge", "an_unreadable_verdict_is_asked_for_again_and_never_a_zero"),
     "judge: length pays": ("reward.judge", "score=judged * factor", "score=judged", "judge",
         "longer_is_not_better"),
-    "judge: verdicts are not kept": ("reward.verdicts", "os.write(self._descriptor, line.encode())", "pass",
+    "judge: verdicts are not kept": ("reward.verdicts", "file.write(line.encode())", "pass",
         "judge", "a_judge_that_is_down_is_named_and_finished_labels_are_kept"),
     "judge: an answer fills fields": ("reward.rubric", "FIELD.sub(lambda found: quoted(found[1], "
         'texts.get(found[1], "")), self._template)',
