@@ -9,11 +9,13 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from redone.config.judge import JudgeConfig
 from redone.config.rewards import (
     AnswerReward,
     Check,
     CustomReward,
     ExactReward,
+    JudgeReward,
     MetricReward,
     PatternReward,
     RewardBase,
@@ -28,6 +30,8 @@ __all__ = [
     "Check",
     "CustomReward",
     "ExactReward",
+    "JudgeConfig",
+    "JudgeReward",
     "MetricReward",
     "PatternReward",
     "RewardBase",
