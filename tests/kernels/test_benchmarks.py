@@ -29,7 +29,6 @@ def test_head_memory_small(repo: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.unproven
 def test_head_memory(repo: Path) -> None:
     """N = 2048, V = 151,936: at least 8 times less than whole logits."""
     assert head_memory(repo, 2048, 151936)["ratio"] >= 8
