@@ -22,11 +22,11 @@ Inputs = tuple[Tensor, Tensor, Tensor]
 
 def exact(hidden: Tensor, weight: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """fp64 log-probabilities of the first CHECKED rows, and the gradient of their negative mean by hidden."""
-    x, wide, target = hidden[:CHECKED].double(), weight.double(), target[:CHECKED, None]
-    logp = (x @ wide.T).log_softmax(-1)
-    picked = logp.gather(1, target)[:, 0]
-    d = logp.exp_().scatter_add_(1, target, -torch.ones_like(picked)[:, None])
-    return picked, d @ wide / len(x)
+    wide, column = weight.double(), target[:CHECKED, None]
+    logp = (hidden[:CHECKED].double() @ wide.T).log_softmax(-1)
+    picked = logp.gather(1, column)[:, 0]
+    d = logp.exp_().scatter_add_(1, column, -torch.ones_like(picked)[:, None])
+    return picked, d @ wide / len(column)
 
 
 def ceilings(hidden: Tensor, weight: Tensor) -> list[Row]:
@@ -36,7 +36,6 @@ def ceilings(hidden: Tensor, weight: Tensor) -> list[Row]:
     b = torch.empty_like(a)
     copy = milliseconds(lambda: b.copy_(a))
     out = [{"name": "ceiling/copy", "ms": copy, "TB_per_s": 2 * a.nbytes / copy / 1e9}]
-    del a, b
     dz = torch.empty(n, V, dtype=torch.bfloat16, device="cuda")
     products: dict[str, Callable[[], Tensor]] = {
         "logits-bf16": lambda: hidden @ weight.T,

@@ -13,7 +13,16 @@ from torch import Tensor
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 # what a kernel of somebody else may raise on a version or a device it was not made for
-FAILURES = (ImportError, RuntimeError, TypeError, ValueError, AttributeError, AssertionError, KeyError, OSError)
+FAILURES = (
+    ImportError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    AttributeError,
+    AssertionError,
+    KeyError,
+    OSError,
+)
 
 
 def naive(x: Tensor, weight: Tensor, target: Tensor) -> Tensor:

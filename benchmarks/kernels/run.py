@@ -27,7 +27,11 @@ def targets(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         {"what": what, "target": target, "measured": measured}
         for what, target, measured in (
             ("linear_logprob forward / bf16 matmul", ">= 0.75", products[0] / by["forward/ours-fused"]["ms"]),
-            ("linear_dapo / its three matmuls", ">= 0.85", sum(products) / by["training/ours-linear_dapo"]["ms"]),
+            (
+                "linear_dapo / its three matmuls",
+                ">= 0.85",
+                sum(products) / by["training/ours-linear_dapo"]["ms"],
+            ),
             ("logits_stats / copy bandwidth", ">= 0.92", by["logits_stats"]["TB_per_s"] / copy),
             ("logits_backward_ / copy bandwidth", ">= 0.92", by["logits_backward_"]["TB_per_s"] / copy),
             ("dapo_loss at 65,536 tokens, us", "<= 6", by["dapo_loss-65536-warm"]["ms"] * 1e3),

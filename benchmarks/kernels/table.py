@@ -12,14 +12,22 @@ from typing import Any
 
 PAGE = Path(__file__).parents[2] / "docs" / "kernels.md"
 BEGIN, END = "<!-- measured -->", "<!-- /measured -->"
-COLUMNS = ("ms", "TFLOP_per_s", "TB_per_s", "peak_MiB", "max_abs_error", "loss_error", "dhidden_relative_error")
+COLUMNS = (
+    "ms",
+    "TFLOP_per_s",
+    "TB_per_s",
+    "peak_MiB",
+    "max_abs_error",
+    "loss_error",
+    "dhidden_relative_error",
+)
 
 
 def table(record: dict[str, Any]) -> str:
     """Markdown of one result file."""
     versions = ", ".join(f"{k} {v}" for k, v in record["versions"].items())
     lines = [
-        f"{record['device']}, {record['date']}, commit {record['commit']}, CUDA {record['cuda']}; {versions}.",
+        f"{record['device']}, {record['date']}, {record['commit']}, CUDA {record['cuda']}; {versions}.",
         "", "| target | wanted | measured |", "| --- | --- | --- |",
         *(f"| {t['what']} | {t['target']} | {t['measured']:.3g} |" for t in record["targets"]),
         "", f"| | {' | '.join(COLUMNS)} |", f"| --- |{' --- |' * len(COLUMNS)}",

@@ -106,7 +106,9 @@ class _LinearDapo(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
         if not ctx.ours:
-            torch._assert_async((grad_loss - 1).abs() <= 1e-6, "linear_dapo with wgrad_out: scale by denom, not the loss")
+            torch._assert_async(
+                (grad_loss - 1).abs() <= 1e-6, "linear_dapo with wgrad_out: scale by denom, not the loss"
+            )
             return grad_hidden, None, None, None
         return (
             grad_hidden * grad_loss.to(grad_hidden.dtype),
@@ -132,8 +134,8 @@ def _chunk(
     with torch.enable_grad():
         leaves = [logprob.detach().requires_grad_(), entropy.detach().requires_grad_()]
         loss, metrics = dapo_loss(
-            leaves[0], logprob if part["old"] is None else part["old"], part["advantage"], part["mask"], walk.denom, walk.cfg,
-            ref_logprob=part["ref"], rollout_logprob=part["rollout"], entropy=leaves[1],
+            leaves[0], logprob if part["old"] is None else part["old"], part["advantage"], part["mask"],
+            walk.denom, walk.cfg, ref_logprob=part["ref"], rollout_logprob=part["rollout"], entropy=leaves[1],
         )  # fmt: skip
         grads = torch.autograd.grad(loss, leaves if bonus else leaves[:1])
     out = None if x.dtype == logits.dtype else torch.empty_like(logits, dtype=x.dtype)

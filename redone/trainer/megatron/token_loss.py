@@ -34,7 +34,7 @@ MAXIMA = {
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LossRows:
-    """Inputs of one micro-batch's loss, all [N] on the device; old is None where the policy is the old one."""
+    """Inputs of one micro-batch's loss, [N] on the device; without `old` the policy is the old one."""
 
     old: Tensor | None
     advantages: Tensor
