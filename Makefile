@@ -88,6 +88,7 @@ gpu-check:
 	@$(GPU_PYTHON) -c 'import importlib.util as u, sys; m = [n for n in ("torch", "triton", "pytest") if u.find_spec(n) is None]; \
 	sys.exit(m and "gpu-check: " + sys.executable + " lacks " + ", ".join(m) or 0)'
 	@$(GPU_PYTHON) -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else "gpu-check: torch sees no CUDA device")'
+	@$(GPU_ENV) $(GPU_PYTHON) -c 'import sys; sys.path.insert(0, "benchmarks/kernels"); import measure; measure.commit()'
 	$(GPU_ENV) $(GPU_PYTHON) -m pytest --confcutdir=tests/gpu -o addopts=--import-mode=importlib -q -m gpu tests/gpu
 	$(GPU_ENV) REDONE_KERNELS_DEVICE=cuda $(GPU_PYTHON) -m pytest --confcutdir=tests/kernels \
 		-o addopts=--import-mode=importlib -q -m "not slow" tests/kernels

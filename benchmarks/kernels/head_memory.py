@@ -122,7 +122,10 @@ def main() -> None:
     }
     table["ratio"] = table["naive"]["bytes"] / table["chunked"]["bytes"]
     names = ("N", "V", "H", "chunk")
-    sys.stdout.write(json.dumps(dict(zip(names, sizes, strict=True)) | table, indent=1) + "\n")
+    sys.stdout.write(
+        json.dumps({"torch": torch.__version__} | dict(zip(names, sizes, strict=True)) | table, indent=1)
+        + "\n"
+    )
 
 
 if __name__ == "__main__":

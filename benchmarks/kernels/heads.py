@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import peers
@@ -51,6 +52,16 @@ def rate(name: str, ms: float, n: int, products: int, **more: Any) -> Row:
     return {"name": name, "N": n, "ms": ms, "TFLOP_per_s": products * 2 * n * H * V / ms / 1e9, **more}
 
 
+def attempt(name: str, measure: Callable[[], Row]) -> Row:
+    """`measure()`; where somebody else's kernel fails, a row that says how."""
+    try:
+        return measure()
+    except peers.FAILURES as error:
+        if "ours" in name or name.endswith("/naive"):
+            raise
+        return {"name": name, "failed": f"{type(error).__name__}: {error}"[:300]}
+
+
 def forward_rows(inputs: Inputs, want: Tensor) -> list[Row]:
     compiled = torch.compile(peers.naive_forward)
 
@@ -65,11 +76,15 @@ def forward_rows(inputs: Inputs, want: Tensor) -> list[Row]:
         "ours-fused-no-entropy": lambda: ours("fused", "none"),
     }
     out = []
+
+    def measure(name: str, call: Callable[[], Tensor]) -> Row:
+        error = float((call()[:CHECKED] - want).abs().max())
+        row = rate(name, milliseconds(call, 5), inputs[0].shape[0], 1)
+        return row | {"max_abs_error": error, "peak_MiB": peak_mib(call)}
+
     with torch.no_grad():
         for name, call in calls.items():
-            error = float((call()[:CHECKED] - want).abs().max())
-            row = rate(f"forward/{name}", milliseconds(call, 5), inputs[0].shape[0], 1)
-            out.append(row | {"max_abs_error": error, "peak_MiB": peak_mib(call)})
+            out.append(attempt(f"forward/{name}", partial(measure, f"forward/{name}", call)))
             torch.cuda.empty_cache()
     return out
 
@@ -113,23 +128,21 @@ def training_rows(inputs: Inputs, want: Tensor, dhidden: Tensor) -> list[Row]:
         "naive": lambda: peers.naive, "ours-chunked": lambda: ours("chunked"),
         "ours-fused": lambda: ours("fused"), "ours-linear_dapo": lambda: dapo, **peers.find(),
     }  # fmt: skip
+
+    def measure(name: str, make: Callable[[], peers.Loss]) -> Row:
+        loss = make()
+        checked = accuracy(loss, (x.detach(), w, target), want, dhidden)
+        w.grad = None
+
+        def call() -> None:
+            (dapo(x, w, target, old) if loss is dapo else loss(x, w, target)).backward()
+
+        row = rate(name, milliseconds(call, 5, 2), n, 3, peak_MiB=peak_mib(call))
+        return row | checked
+
     out = []
     for name, make in makers.items():
-        try:
-            loss = make()
-            checked = accuracy(loss, (x.detach(), w, target), want, dhidden)
-            w.grad = None
-            call = (
-                (lambda: dapo(x, w, target, old).backward())
-                if name == "ours-linear_dapo"
-                else (lambda loss=loss: loss(x, w, target).backward())
-            )
-            row = rate(f"training/{name}", milliseconds(call, 5, 2), n, 3, peak_MiB=peak_mib(call))
-            out.append(row | checked)
-        except peers.FAILURES as error:
-            if name == "naive" or name.startswith("ours"):
-                raise
-            out.append({"name": f"training/{name}", "failed": f"{type(error).__name__}: {error}"[:300]})
+        out.append(attempt(f"training/{name}", partial(measure, f"training/{name}", make)))
         x.grad = w.grad = None
         torch.cuda.empty_cache()
     for row in out:

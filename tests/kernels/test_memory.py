@@ -37,7 +37,7 @@ def allocated(call: Callable[[], Tensor], device: torch.device) -> int:
 @pytest.mark.parametrize(("backend", "least"), [("fused", 30), ("chunked", 8)])
 def test_peak_is_as_predicted(backend: str, least: float, device: torch.device) -> None:
     """Forward and backward with entropy and main_grad, and at least so many times below whole logits."""
-    n, h, v, chunk = 48, 32, 2048, 16
+    n, h, v, chunk = 48, 32, 1024, 8
     head = Head.random(n, h, v, device, ignore=False)
     main_grad = torch.zeros_like(head.weight)
 
@@ -52,7 +52,8 @@ def test_peak_is_as_predicted(backend: str, least: float, device: torch.device) 
         assert hidden.grad is not None
         return hidden.grad
 
-    run()
+    if device.type == "cuda":
+        run()  # cuBLAS's workspace
     peak = allocated(run, device)
     want = predicted(backend, n, v, h, chunk)
     slack = 512 * 40 if device.type == "cuda" else 0  # blocks of the caching allocator
