@@ -65,7 +65,7 @@ def _cases(world: int) -> list[Case]:
 CASES: dict[int, list[Case]] = {world: _cases(world) for world in (1, 2, 4)}
 OTHER_LOSS = {
     "loss": {"type": "dr_grpo", "length": 16, "clip_ratio_high": 0.3},
-    "importance": {"level": "token", "mode": "mask", "cap": 1.5},
+    "importance": {"level": "token", "mode": "mask", "cap": 0.01},
     "kl": {"coef": 0.2, "estimator": "k2"},
     "entropy_coeff": 0.0,
 }

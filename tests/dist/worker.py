@@ -207,7 +207,7 @@ def head_parity(kind: str, layout: Layout, **change: Any) -> dict[str, dict[str,
     for name, options in {"reference": {"head": "reference"}, **HEADS}.items():
         trainer = make_trainer(model_folder(kind), layout, entropy=0.1, kl=0.1, **options)
         optim.zero_grad(trainer.model, trainer.optimizer)
-        rows = data["batches"][0].with_logprobs("ref_logprobs", data["logprobs_cold"])
+        rows = data["batches"][0].with_logprobs("ref_logprobs", data["logprobs"])
         algorithm = AlgorithmConfig.model_validate(trainer.cfg.algorithm.model_dump() | change)
         none = patch.object(TokenLoss, "of", lambda *_: None) if name == "reference" else nullcontext()
         with none, patch.object(launch, "INTERPRET", name.startswith("fused")):
