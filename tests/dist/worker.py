@@ -10,10 +10,8 @@ import pickle
 import resource
 import sys
 import time
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported; only the case of the fused head runs it
 
@@ -23,7 +21,7 @@ import torch
 import torch.distributed as dist
 from redone_kernels import launch
 
-from redone.config.schema import AlgorithmConfig, Config
+from redone.config.schema import Config
 from redone.data.pack import build_shards, plan_step, scatter_rows
 from redone.errors import ModelError, RedoneError, TrainerError
 from redone.trainer import build_trainer
@@ -59,12 +57,9 @@ def make_config(path: str | Path, layout: Layout, **options: Any) -> Config:
                 "loss": {"type": "dapo"},
             },
             "trainer": {
-                "parallel": {
-                    "tensor": tensor,
-                    "pipeline": pipeline,
-                    "expert": expert,
-                    "expert_tensor": expert_tensor,
-                },
+                "parallel": dict(
+                    tensor=tensor, pipeline=pipeline, expert=expert, expert_tensor=expert_tensor
+                ),
                 "optim": {
                     "lr": reference.LR,
                     "lr_warmup_steps": reference.WARMUP,
@@ -76,11 +71,8 @@ def make_config(path: str | Path, layout: Layout, **options: Any) -> Config:
                 "max_token_len_per_rank": options.get("budget", 48),
                 "prefix_sharing": options.get("sharing", True),
                 "recompute": options.get("recompute", "none"),
-                "head": {
-                    "backend": options.get("head", "auto"),
-                    "chunk_tokens": options.get("chunk", 7),
-                    "fuse_loss": options.get("fuse_loss", True),
-                },
+                "head": {"backend": options.get("head", "auto"), "chunk_tokens": options.get("chunk", 7)}
+                | {"fuse_loss": options.get("fuse_loss", True)},
                 "timeout_s": 120.0,
             },
             "cluster": {"gpus_per_node": dist.get_world_size()},
@@ -185,47 +177,14 @@ def gradients(kind: str, layout: Layout, **options: Any) -> dict[str, Any]:
     return result
 
 
-# How the head can compute, beside the definition
-HEADS: dict[str, dict[str, Any]] = {
-    "gradient in the forward": {},
-    "recomputing": {"fuse_loss": False},
-    "fused in the interpreter": {"head": "fused"},
-}
+def head_parity(kind: str, layout: Layout, **change: Any) -> dict[str, dict[str, float]]:
+    """Every head against the reference head; see head_check.py."""
+    from head_check import compare
 
-
-def head_parity(kind: str, layout: Layout, **change: Any) -> dict[str, dict[str, Any]]:
-    """Every head against the reference head and policy_loss: loss, worst gradient and metric.
-
-    Entropy bonus and KL term included; `change` replaces sections of the algorithm. The fused kernels run in
-    Triton's interpreter.
-    """
-    from redone.trainer.megatron import optim
-    from redone.trainer.megatron.step import forward_backward
-    from redone.trainer.megatron.token_loss import TokenLoss
-
-    data, found = load_reference(kind), {}
-    for name, options in {"reference": {"head": "reference"}, **HEADS}.items():
-        trainer = make_trainer(model_folder(kind), layout, entropy=0.1, kl=0.1, **options)
-        optim.zero_grad(trainer.model, trainer.optimizer)
-        rows = data["batches"][0].with_logprobs("ref_logprobs", data["logprobs"])
-        algorithm = AlgorithmConfig.model_validate(trainer.cfg.algorithm.model_dump() | change)
-        none = patch.object(TokenLoss, "of", lambda *_: None) if name == "reference" else nullcontext()
-        with none, patch.object(launch, "INTERPRET", name.startswith("fused")):
-            totals = forward_backward(trainer.model, shard_of(trainer, rows)[1], algorithm, 0.7)
-        found[name] = totals, full_gradients(trainer)
-        trainer.close()
-    (want, gradients) = found.pop("reference")
-    result = {}
-    for name, (totals, ours) in found.items():
-        metrics = totals.metrics()
-        assert sorted(metrics) == sorted(want.metrics())
-        gaps = {k: abs(metrics[k] - v) / max(1.0, abs(v)) for k, v in want.metrics().items()}
-        result[name] = {"loss": abs(totals.loss - want.loss), "metrics": max(gaps.values())}
-        if dist.get_rank() == 0:
-            result[name] |= relative_errors(ours, gradients)
-            flat = [torch.cat([g[n].flatten() for n in sorted(g)]) for g in (ours, gradients)]
-            result[name]["gradient"] = float((flat[0] - flat[1]).norm() / flat[1].norm())
-    return result
+    data = load_reference(kind)
+    batch = data["batches"][0].with_logprobs("ref_logprobs", data["logprobs"])
+    build = lambda **options: make_trainer(model_folder(kind), layout, entropy=0.1, kl=0.1, **options)
+    return compare(build, lambda trainer: shard_of(trainer, batch)[1], full_gradients, change)
 
 
 def train(kind: str, layout: Layout, **options: Any) -> dict[str, Any]:
