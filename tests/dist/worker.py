@@ -42,7 +42,6 @@ def model_folder(kind: str) -> Path:
 
 def make_config(path: str | Path, layout: Layout, **options: Any) -> Config:
     """options: dtype, head, chunk, recompute, kl, budget, sharing, entropy."""
-    tensor, pipeline, expert, expert_tensor = layout
     return Config.model_validate(
         {
             "model": {"path": str(path), "dtype": options.get("dtype", "float32")},
@@ -54,12 +53,9 @@ def make_config(path: str | Path, layout: Layout, **options: Any) -> Config:
                 "ppo_mini_batch_size": 1,
                 "kl": {"coef": options.get("kl", 0.0)},
                 "entropy_coeff": options.get("entropy", 0.0),
-                "loss": {"type": "dapo"},
             },
             "trainer": {
-                "parallel": dict(
-                    tensor=tensor, pipeline=pipeline, expert=expert, expert_tensor=expert_tensor
-                ),
+                "parallel": dict(zip(("tensor", "pipeline", "expert", "expert_tensor"), layout, strict=True)),
                 "optim": {
                     "lr": reference.LR,
                     "lr_warmup_steps": reference.WARMUP,
