@@ -27,18 +27,19 @@ TEMPERATURE = 0.7
 
 def compare(
     build: Callable[..., Any],
+    where: tuple[Any, ...],
     cut: Callable[[Any], Shard],
     gradients: Callable[[Any], dict[str, torch.Tensor]],
     change: dict[str, Any],
 ) -> dict[str, dict[str, float]]:
-    """Per head: |loss|, worst metric, and relative gradient differences, of the head's own weight (`own`), of all
-    parameters together (`all`) and of the worst (`worst`).
+    """Differences per head: `loss`, worst of the `metrics`, and relative gradient differences of the head's
+    `own` weight, of `all` parameters together and of the `worst`.
 
-    build(**options) makes a trainer, `change` replaces sections of its algorithm.
+    build(*where, **options) makes a trainer, `change` replaces sections of its algorithm.
     """
     found = {}
     for name, options in HEADS.items():
-        trainer = build(**options)
+        trainer = build(*where, entropy=0.1, kl=0.1, **options)
         optim.zero_grad(trainer.model, trainer.optimizer)
         algorithm = AlgorithmConfig.model_validate(trainer.cfg.algorithm.model_dump() | change)
         plain = patch.object(TokenLoss, "of", lambda *_: None) if name == "reference" else nullcontext()

@@ -49,8 +49,7 @@ def make_config(path: str | Path, layout: Layout, **options: Any) -> Config:
             "rewards": {},
             "algorithm": {
                 "total_steps": reference.TOTAL,
-                "train_batch_size": 1,
-                "ppo_mini_batch_size": 1,
+                **dict.fromkeys(("train_batch_size", "ppo_mini_batch_size"), 1),
                 "kl": {"coef": options.get("kl", 0.0)},
                 "entropy_coeff": options.get("entropy", 0.0),
             },
@@ -179,8 +178,8 @@ def head_parity(kind: str, layout: Layout, **change: Any) -> dict[str, dict[str,
 
     data = load_reference(kind)
     batch = data["batches"][0].with_logprobs("ref_logprobs", data["logprobs"])
-    build = lambda **options: make_trainer(model_folder(kind), layout, entropy=0.1, kl=0.1, **options)
-    return compare(build, lambda trainer: shard_of(trainer, batch)[1], full_gradients, change)
+    where, cut = (model_folder(kind), layout), lambda trainer: shard_of(trainer, batch)[1]
+    return compare(make_trainer, where, cut, full_gradients, change)
 
 
 def train(kind: str, layout: Layout, **options: Any) -> dict[str, Any]:
