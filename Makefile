@@ -81,16 +81,19 @@ lint: install
 	$(VENV)/bin/ruff format --check .
 	$(PY) -m mypy $(TYPED)
 
-# Needs no .venv: any python3 with torch, triton and pytest on a machine with a CUDA device.
+# Needs no .venv: any python3 with torch, triton and pytest on a machine with a CUDA device. torch.compile, off in the
+# CPU tests, is one of the peers. A copy without history names its commit: make gpu-check REDONE_COMMIT=...
 GPU_PYTHON ?= python3
+GPU_ENV = env -u TRITON_INTERPRET PYTHONPATH=.:kernels TORCH_COMPILE_DISABLE=0
 gpu-check:
 	@$(GPU_PYTHON) -c 'import importlib.util as u, sys; m = [n for n in ("torch", "triton", "pytest") if u.find_spec(n) is None]; \
 	sys.exit(m and "gpu-check: " + sys.executable + " lacks " + ", ".join(m) or 0)'
 	@$(GPU_PYTHON) -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else "gpu-check: torch sees no CUDA device")'
-	PYTHONPATH=.:kernels $(GPU_PYTHON) -m pytest --confcutdir=tests/gpu -o addopts=--import-mode=importlib -q -m gpu tests/gpu
-	PYTHONPATH=.:kernels REDONE_KERNELS_DEVICE=cuda $(GPU_PYTHON) -m pytest --confcutdir=tests/kernels \
+	@$(GPU_ENV) $(GPU_PYTHON) -c 'import sys; sys.path.insert(0, "benchmarks/kernels"); import measure; measure.commit()'
+	$(GPU_ENV) $(GPU_PYTHON) -m pytest --confcutdir=tests/gpu -o addopts=--import-mode=importlib -q -m gpu tests/gpu
+	$(GPU_ENV) REDONE_KERNELS_DEVICE=cuda $(GPU_PYTHON) -m pytest --confcutdir=tests/kernels \
 		-o addopts=--import-mode=importlib -q -m "not slow" tests/kernels
-	PYTHONPATH=.:kernels $(GPU_PYTHON) benchmarks/kernels/run.py
+	$(GPU_ENV) $(GPU_PYTHON) benchmarks/kernels/run.py
 
 # Rewrites the pins. LOCK_FLAGS: e.g. --upgrade, or --find-links FOLDER where a folder holds the torch+cpu wheel.
 LOCK_FLAGS ?= --extra-index-url $(TORCH_CPU_INDEX) --index-strategy unsafe-best-match

@@ -1,7 +1,9 @@
 """Peak resident memory of a head's forward and backward on CPU, whole logits against the chunked backend.
 
 python benchmarks/kernels/head_memory.py [N] [V] [H] [chunk]: each head in a process of its own; prints one
-JSON object. The peak is what the process grows by beyond its inputs, gradients included. Needs Linux.
+JSON object with the prediction beside each figure, and predictions for 32,768 rows. The peak is what the
+process grows by beyond its inputs, gradients included. Needs Linux. The committed result:
+PYTHONPATH=kernels python benchmarks/kernels/head_memory.py > benchmarks/results/head-memory-cpu.json
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from redone_kernels.linear_logprob import linear_logprob
@@ -24,6 +27,24 @@ DEFAULT = (2048, 151936, 64, 64)
 def resident() -> int:
     """Bytes resident now."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def predicted(kind: str, n: int, v: int, h: int, chunk: int, *, bf16: bool = False) -> float:
+    """Peak bytes beyond inputs and gradients, one rank, entropy included.
+
+    naive: five fp32 copies of the logits (log-softmax, its exponential, their product, two gradients).
+    chunked, fp32 on CPU: a chunk's logits and two copies in the reference; bf16 (on CUDA): fp32 logits and
+    the bf16 gradient beside them. fused: an eighth of a chunk's gradient. All: rows of fp32 statistics; the
+    weight's gradient is an output (Megatron's main_grad).
+    """
+    value = 2 if bf16 else 4
+    rows = min(chunk, n)
+    hidden = rows * h * (4 + value)  # a chunk's rows without the ignored ones, and their fp32 gradient
+    if kind == "naive":
+        return 5.0 * 4 * n * v
+    if kind == "chunked":
+        return rows * v * (4.0 + 2 if bf16 else 3 * 4.0) + hidden + 40.0 * n
+    return rows * -(-v // 8) * float(value) + hidden + (8 * 16 + 24.0) * n
 
 
 class Peak:
@@ -82,15 +103,29 @@ def main() -> None:
         sys.stdout.write(json.dumps(measure(sys.argv[1], *map(int, sys.argv[2:]))) + "\n")
         return
     sizes = [int(x) for x in sys.argv[1:]] + list(DEFAULT[len(sys.argv) - 1 :])
-    table = {}
+    table: dict[str, Any] = {}
+    n, v, h, chunk = sizes
     for kind in ("naive", "chunked"):
         done = subprocess.run(
             [sys.executable, __file__, kind, *map(str, sizes)], capture_output=True, text=True, check=True
         )
         table[kind] = json.loads(done.stdout)
+        table[kind]["predicted_bytes"] = predicted(kind, n, v, h, chunk) + 4.0 * (n + v) * h  # and gradients
+    table["predicted_GiB_32768_rows_H_2048_chunk_1024"] = {
+        name: round(predicted(kind, 32768, v, 2048, 1024, bf16=bf16) / 2**30, 2)
+        for name, kind, bf16 in (
+            ("naive, fp32", "naive", False),
+            ("chunked, fp32 on CPU", "chunked", False),
+            ("chunked, bf16 on CUDA", "chunked", True),
+            ("fused, bf16 on CUDA", "fused", True),
+        )
+    }
     table["ratio"] = table["naive"]["bytes"] / table["chunked"]["bytes"]
     names = ("N", "V", "H", "chunk")
-    sys.stdout.write(json.dumps(dict(zip(names, sizes, strict=True)) | table, indent=1) + "\n")
+    sys.stdout.write(
+        json.dumps({"torch": torch.__version__} | dict(zip(names, sizes, strict=True)) | table, indent=1)
+        + "\n"
+    )
 
 
 if __name__ == "__main__":

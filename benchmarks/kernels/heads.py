@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
+import peers
 import torch
 from measure import milliseconds, peak_mib
 from redone_kernels.dapo_loss import DapoConfig
@@ -15,19 +16,18 @@ from torch import Tensor
 
 H, V = 2048, 151936
 CHECKED = 256  # rows compared with fp64
+CHUNK = 2048
 Row = dict[str, Any]
+Inputs = tuple[Tensor, Tensor, Tensor]
 
 
-def naive(hidden: Tensor, weight: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Whole logits, as most trainers have it."""
-    logp = (hidden @ weight.T).float().log_softmax(-1)
-    return logp.gather(1, target[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
-
-
-def exact(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-    """fp64 log-probabilities of the first CHECKED rows."""
-    logits = hidden[:CHECKED].double() @ weight.double().T
-    return logits.log_softmax(-1).gather(1, target[:CHECKED, None])[:, 0]
+def exact(hidden: Tensor, weight: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """fp64 log-probabilities of the first CHECKED rows, and the gradient of their negative mean by hidden."""
+    wide, column = weight.double(), target[:CHECKED, None]
+    logp = (hidden[:CHECKED].double() @ wide.T).log_softmax(-1)
+    picked = logp.gather(1, column)[:, 0]
+    d = logp.exp_().scatter_add_(1, column, -torch.ones_like(picked)[:, None])
+    return picked, d @ wide / len(column)
 
 
 def ceilings(hidden: Tensor, weight: Tensor) -> list[Row]:
@@ -44,9 +44,7 @@ def ceilings(hidden: Tensor, weight: Tensor) -> list[Row]:
         "dhidden": lambda: dz @ weight,
         "dweight": lambda: dz.T @ hidden,
     }
-    for name, product in products.items():
-        out.append(rate(f"ceiling/{name}", milliseconds(product), n, 1))
-    return out
+    return out + [rate(f"ceiling/{k}", milliseconds(product), n, 1) for k, product in products.items()]
 
 
 def rate(name: str, ms: float, n: int, products: int, **more: Any) -> Row:
@@ -54,92 +52,111 @@ def rate(name: str, ms: float, n: int, products: int, **more: Any) -> Row:
     return {"name": name, "N": n, "ms": ms, "TFLOP_per_s": products * 2 * n * H * V / ms / 1e9, **more}
 
 
-def forward_rows(hidden: Tensor, weight: Tensor, target: Tensor, want: Tensor) -> list[Row]:
+def attempt(name: str, measure: Callable[[], Row]) -> Row:
+    """`measure()`; where somebody else's kernel fails, a row that says how."""
+    try:
+        return measure()
+    except peers.FAILURES as error:
+        if "ours" in name or name.endswith("/naive"):
+            raise
+        return {"name": name, "failed": f"{type(error).__name__}: {error}"[:300]}
+
+
+def forward_rows(inputs: Inputs, want: Tensor) -> list[Row]:
+    compiled = torch.compile(peers.naive_forward)
+
+    def ours(backend: Literal["chunked", "fused"], entropy: Literal["none", "metric"]) -> Tensor:
+        return linear_logprob(*inputs, entropy=entropy, backend=backend, chunk_tokens=CHUNK).logprob
+
     calls: dict[str, Callable[[], Tensor]] = {
-        "naive": lambda: naive(hidden, weight, target)[0],
-        "compiled": lambda: torch.compile(naive)(hidden, weight, target)[0],
-        "ours-chunked": lambda: (
-            linear_logprob(
-                hidden, weight, target, entropy="metric", backend="chunked", chunk_tokens=2048
-            ).logprob
-        ),
-        "ours-fused": lambda: (
-            linear_logprob(hidden, weight, target, entropy="metric", backend="fused").logprob
-        ),
-        "ours-fused-no-entropy": lambda: linear_logprob(hidden, weight, target, backend="fused").logprob,
+        "naive": lambda: peers.naive_forward(*inputs)[0],
+        "naive-compiled": lambda: compiled(*inputs)[0],
+        "ours-chunked": lambda: ours("chunked", "metric"),
+        "ours-fused": lambda: ours("fused", "metric"),
+        "ours-fused-no-entropy": lambda: ours("fused", "none"),
     }
     out = []
+
+    def measure(name: str, call: Callable[[], Tensor]) -> Row:
+        error = float((call()[:CHECKED] - want).abs().max())
+        row = rate(name, milliseconds(call, 5), inputs[0].shape[0], 1)
+        return row | {"max_abs_error": error, "peak_MiB": peak_mib(call)}
+
     with torch.no_grad():
         for name, call in calls.items():
-            error = float((call()[:CHECKED] - want).abs().max())
-            row = rate(f"forward/{name}", milliseconds(call, 5), hidden.shape[0], 1)
-            out.append(row | {"max_abs_error": error, "peak_MiB": peak_mib(call)})
+            out.append(attempt(f"forward/{name}", partial(measure, f"forward/{name}", call)))
+            torch.cuda.empty_cache()
     return out
 
 
-def training_rows(hidden: Tensor, weight: Tensor, target: Tensor) -> list[Row]:
+def accuracy(loss: peers.Loss, inputs: Inputs, want: Tensor, dhidden: Tensor) -> Row:
+    """Of a mean cross-entropy over the checked rows, against fp64."""
+    x = inputs[0][:CHECKED].clone().requires_grad_()
+    value = loss(x, inputs[1], inputs[2][:CHECKED])
+    value.backward()
+    assert x.grad is not None
+    return {
+        "loss_error": abs(float(value.detach().double() + want.mean())),
+        "dhidden_relative_error": float((x.grad.double() - dhidden).norm() / dhidden.norm()),
+    }
+
+
+def training_rows(inputs: Inputs, want: Tensor, dhidden: Tensor) -> list[Row]:
     """Forward and backward. linear_dapo is rated over its 3 products, what recomputes over the same 3."""
-    n = hidden.shape[0]
-    x, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+    n = inputs[0].shape[0]
+    x, w, target = inputs[0].clone().requires_grad_(), inputs[1].clone().requires_grad_(), inputs[2]
     main_grad = torch.zeros(V, H, dtype=torch.float32, device="cuda")
-    old, advantage = torch.full((n,), -12.0, device="cuda"), torch.randn(n, device="cuda")
+    old, advantage = torch.full((n,), -12.0, device="cuda"), torch.ones(n, device="cuda")
     mask = torch.ones(n, dtype=torch.bool, device="cuda")
 
-    def logprob(backend: str) -> Callable[[], None]:
-        def run() -> None:
-            out = linear_logprob(
-                x, w, target, entropy="metric", backend=backend, chunk_tokens=2048, wgrad_out=main_grad
-            )  # type: ignore[arg-type]
-            out.logprob.sum().backward()
+    def ours(backend: Literal["chunked", "fused"]) -> peers.Loss:
+        def loss(x: Tensor, w: Tensor, target: Tensor) -> Tensor:
+            how: dict[str, Any] = {"chunk_tokens": CHUNK, "wgrad_out": main_grad}
+            return -linear_logprob(x, w, target, entropy="metric", backend=backend, **how).logprob.mean()
 
-        return run
+        return loss
 
-    def dapo() -> None:
-        linear_dapo(
-            x, w, target, old, advantage, mask, float(n), DapoConfig(), chunk_tokens=2048, wgrad_out=main_grad
-        ).loss.backward()
+    def dapo(x: Tensor, w: Tensor, target: Tensor, old: Tensor | None = None) -> Tensor:
+        """On the policy itself (old None) with advantage 1, its gradient is that of the cross-entropy."""
+        m = len(x)
+        return linear_dapo(
+            x, w, target, old, advantage[:m], mask[:m], float(m), DapoConfig(), chunk_tokens=CHUNK,
+            wgrad_out=main_grad,
+        ).loss  # fmt: skip
 
-    def plain() -> None:
-        naive(x, w, target)[0].sum().backward()
-
-    calls: dict[str, Callable[[], None]] = {
-        "naive": plain, "ours-chunked": logprob("chunked"), "ours-fused": logprob("fused"),
-        "ours-linear_dapo": dapo, **peers(x, w, target),
+    makers: dict[str, Callable[[], peers.Loss]] = {
+        "naive": lambda: peers.naive, "ours-chunked": lambda: ours("chunked"),
+        "ours-fused": lambda: ours("fused"), "ours-linear_dapo": lambda: dapo, **peers.find(),
     }  # fmt: skip
+
+    def measure(name: str, make: Callable[[], peers.Loss]) -> Row:
+        loss = make()
+        checked = accuracy(loss, (x.detach(), w, target), want, dhidden)
+        w.grad = None
+
+        def call() -> None:
+            (dapo(x, w, target, old) if loss is dapo else loss(x, w, target)).backward()
+
+        row = rate(name, milliseconds(call, 5, 2), n, 3, peak_MiB=peak_mib(call))
+        return row | checked
+
     out = []
-    for name, call in calls.items():
-        out.append(rate(f"training/{name}", milliseconds(call, 5, 2), n, 3, peak_MiB=peak_mib(call)))
+    for name, make in makers.items():
+        out.append(attempt(f"training/{name}", partial(measure, f"training/{name}", make)))
         x.grad = w.grad = None
+        torch.cuda.empty_cache()
+    for row in out:
+        if row["name"] == "training/ours-linear_dapo":
+            del row["loss_error"]  # its value is a surrogate, not a cross-entropy
     return out
-
-
-def peers(x: Tensor, w: Tensor, target: Tensor) -> dict[str, Callable[[], None]]:
-    """Cross-entropy heads of what happens to be installed; the others are absent from the table."""
-    found: dict[str, Callable[[], None]] = {}
-    if importlib.util.find_spec("liger_kernel"):
-        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
-
-        liger = LigerFusedLinearCrossEntropyLoss()
-        found["liger-flce"] = lambda: liger(w, x, target).backward()
-    if importlib.util.find_spec("cut_cross_entropy"):
-        from cut_cross_entropy import linear_cross_entropy
-
-        found["cut-cross-entropy"] = lambda: linear_cross_entropy(x, w, target).backward()
-    if importlib.util.find_spec("quack"):
-        from quack.linear_cross_entropy import chunked_linear_cross_entropy
-
-        found["quack"] = lambda: chunked_linear_cross_entropy(x, w, target).backward()
-    return found
 
 
 def bench(n: int) -> list[Row]:
     torch.manual_seed(0)
     hidden = (torch.randn(n, H, device="cuda") * 4 / H**0.5).bfloat16()
     weight = torch.randn(V, H, device="cuda").bfloat16()
-    target = torch.randint(0, V, (n,), device="cuda")
-    want = exact(hidden, weight, target)
-    return [
-        *ceilings(hidden, weight),
-        *forward_rows(hidden, weight, target, want),
-        *training_rows(hidden, weight, target),
-    ]
+    inputs = hidden, weight, torch.randint(0, V, (n,), device="cuda")
+    want, dhidden = exact(*inputs)
+    rows = ceilings(hidden, weight)
+    torch.cuda.empty_cache()
+    return rows + forward_rows(inputs, want) + training_rows(inputs, want, dhidden)

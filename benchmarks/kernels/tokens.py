@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from measure import milliseconds
+from measure import back_to_back, milliseconds
 from redone_kernels import reference
 from redone_kernels.dapo_loss import DapoConfig, dapo_loss
 from redone_kernels.fp8_blocks import pack_fp8_blocks
@@ -52,6 +52,7 @@ def dapo_rows(n: int) -> list[Row]:
     size = n * (4 * 4 + 1)
     out = [stream(f"dapo_loss-{n}", graph.replay, size)]
     if n <= 2**20:
+        out.append({"name": f"dapo_loss-{n}-warm", "ms": back_to_back(graph.replay)})
         out.append(stream(f"dapo_loss-{n}-eager", lambda: dapo_loss(*arguments), size))
         out.append(stream(f"dapo_loss-{n}-naive", lambda: reference.dapo_loss(*arguments), size))
     return out

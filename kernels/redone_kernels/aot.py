@@ -163,10 +163,11 @@ def compile_case(case: Case) -> Any:
     """Triton's compiled kernel."""
     signature = case.signature | dict.fromkeys(case.constants, "constexpr")
     order = {name: signature[name] for name in case.kernel.arg_names}
+    unknown = ODD | {p.name for p in case.kernel.params if p.do_not_specialize}
     aligned = {
         (i,): [["tt.divisibility", 16]]
         for i, (name, kind) in enumerate(order.items())
-        if kind.startswith("*") or (kind == "i32" and name not in ODD)
+        if kind.startswith("*") or (kind == "i32" and name not in unknown)
     }
     source = ASTSource(case.kernel, signature=order, constexprs=case.constants, attrs=aligned)
     return triton.compile(source, target=TARGET, options=case.options)

@@ -83,9 +83,11 @@ def _op(
     tis_mask: bool,
     kl: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(loss [], metrics, d loss / d logprob [N], d loss / d entropy [N])."""
+    """(loss [], metrics, d loss / d logprob [N], d loss / d entropy [N], or [0] where that is 0)."""
     low, high, dual, cap, beta, ent_coef = floats
-    slope = torch.where(mask, -ent_coef / denom, 0.0).to(logprob.dtype)
+    slope = logprob.new_empty(0)
+    if ent_coef:
+        slope = torch.where(mask, -ent_coef / denom, 0.0).to(logprob.dtype)
     if not launch.runs_triton(logprob):
         cfg = DapoConfig(
             clip_low=low, clip_high=high, dual_clip=dual or None, tis_cap=cap or None, kl_beta=beta,
@@ -129,14 +131,16 @@ def _launch(
         part, out, loss, programs, 1.0 / denom,
         SUMS=NUM_SUMS, ROWS=launch.DAPO_REDUCE_ROWS, WIDTH=launch.DAPO_WIDTH, **launch.DAPO_OPTIONS,
     )  # fmt: skip
-    return loss, out[: len(METRICS)].clone()
+    return loss, out[: len(METRICS)]
 
 
 @_op.register_fake
 def _fake(logprob: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    floats: list[float] = rest[7]
     dtype = torch.promote_types(logprob.dtype, torch.float32)
-    row = torch.empty_like(logprob, dtype=dtype)
-    return logprob.new_empty((), dtype=dtype), logprob.new_empty(len(METRICS), dtype=dtype), row, row.clone()
+    grad = torch.empty_like(logprob, dtype=dtype)
+    slope = logprob.new_empty(logprob.shape if floats[5] else (0,))
+    return logprob.new_empty((), dtype=dtype), logprob.new_empty(len(METRICS), dtype=dtype), grad, slope
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -146,7 +150,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 def _backward(ctx: Any, grad_loss: Tensor, *unused: Tensor) -> tuple[Any, ...]:
     grad, slope = ctx.saved_tensors
     rest = (None,) * 5
-    entropy = slope * grad_loss if ctx.needs_input_grad[6] else None
+    entropy = None
+    if ctx.needs_input_grad[6]:
+        entropy = slope * grad_loss if slope.numel() else torch.zeros_like(grad)
     return (grad * grad_loss, *rest, entropy, None, None, None, None)
 
 

@@ -31,7 +31,7 @@ def linear_dapo(
     hidden: Tensor,
     weight: Tensor,
     target: Tensor,
-    old_logprob: Tensor,
+    old_logprob: Tensor | None,
     advantage: Tensor,
     mask: Tensor,
     denom: float,
@@ -49,9 +49,10 @@ def linear_dapo(
 ) -> DapoOut:
     """`dapo_loss` of `linear_logprob` (see both for shapes), gradients included, in one walk over the chunks.
 
-    hidden [N, H], weight [V_local, H]; rows with mask False may hold anything. With wgrad_out [V_local, H]
+    hidden [N, H], weight [V_local, H]; rows with mask False may hold anything. Without old_logprob the policy
+    itself is the old one (ratio exactly 1). With wgrad_out [V_local, H]
     fp32 the weight's gradient is added there in the FORWARD: scale by `denom`, for the gradient that arrives
-    at `loss` must then be 1 (checked on the device, without a synchronisation).
+    at `loss` must then be 1 (to 1e-6, checked on the device without a synchronisation), and is taken as 1.
     """
     shard = Shard.of(weight, vocab_start, vocab_size, tp_group, SPLITS)
     tokens = {
@@ -105,7 +106,9 @@ class _LinearDapo(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
         if not ctx.ours:
-            torch._assert_async(grad_loss == 1, "linear_dapo with wgrad_out: scale by denom, not the loss")
+            torch._assert_async(
+                (grad_loss - 1).abs() <= 1e-6, "linear_dapo with wgrad_out: scale by denom, not the loss"
+            )
             return grad_hidden, None, None, None
         return (
             grad_hidden * grad_loss.to(grad_hidden.dtype),
@@ -131,8 +134,8 @@ def _chunk(
     with torch.enable_grad():
         leaves = [logprob.detach().requires_grad_(), entropy.detach().requires_grad_()]
         loss, metrics = dapo_loss(
-            leaves[0], part["old"], part["advantage"], part["mask"], walk.denom, walk.cfg,
-            ref_logprob=part["ref"], rollout_logprob=part["rollout"], entropy=leaves[1],
+            leaves[0], logprob if part["old"] is None else part["old"], part["advantage"], part["mask"],
+            walk.denom, walk.cfg, ref_logprob=part["ref"], rollout_logprob=part["rollout"], entropy=leaves[1],
         )  # fmt: skip
         grads = torch.autograd.grad(loss, leaves if bonus else leaves[:1])
     out = None if x.dtype == logits.dtype else torch.empty_like(logits, dtype=x.dtype)

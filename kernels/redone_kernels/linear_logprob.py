@@ -70,8 +70,9 @@ def linear_logprob(
     target [N] int64 global ids, negative: ignored (0 out, gradient exactly 0, NaN allowed); ids >= vocab_size
     are padding. The gradient of `weight` is added to wgrad_out [V_local, H] fp32 where given (Megatron's
     main_grad), returned otherwise. The gradient of `hidden` is this shard's share unless
-    dhidden_reduce="all_reduce". Fused results are bitwise the same for 1, 2, 4 and 8 equal shards and for any
-    batch composition. Raises ValueError where the backend cannot serve the inputs.
+    dhidden_reduce="all_reduce". Fused results are bitwise the same for 1, 2, 4 and 8 equal shards (of a
+    vocabulary that is a multiple of 8) and for any batch composition. Raises ValueError where the
+    backend cannot serve the inputs.
     """
     if temperature <= 0:
         raise ValueError(f"temperature={temperature} must be > 0")

@@ -18,6 +18,7 @@ from redone_kernels.reference import (
     dapo,
     importance_ratio,
 )
+from redone_kernels.segment_sum import segment_sum
 from torch import Tensor
 
 from redone.config.schema import AlgorithmConfig, DrGrpoLoss, ImportanceConfig, LossConfig, SftLoss
@@ -129,9 +130,12 @@ def aggregate(values: Tensor, inputs: LossInputs, loss: LossConfig, over: Denomi
 
 
 def sequence_sum(values: Tensor, inputs: LossInputs) -> Tensor:
-    """[N] -> [S]: sums over each sequence's rows (masked rows must be 0)."""
-    count = int(inputs.sequence_ids.max()) + 1 if inputs.sequence_ids.numel() else 0
-    return values.new_zeros(count).index_add(0, inputs.sequence_ids, values)
+    """[N] -> [S]: sums over each sequence's rows (masked rows must be 0), in a fixed order on any device."""
+    ids = inputs.sequence_ids
+    ends = torch.bincount(ids).cumsum(0)
+    rows = torch.argsort(ids, stable=True)
+    bounds = torch.cat([ends.new_zeros(1), ends])
+    return segment_sum(values[rows], bounds, torch.ones_like(inputs.loss_mask)).sums
 
 
 def sequence_mean(values: Tensor, inputs: LossInputs) -> Tensor:

@@ -167,6 +167,8 @@ def _engines(cfg: Config) -> Iterator[str]:
             "channel exists yet; use cluster.nodes=1"
         )
     if c.device != "cuda":
+        if cfg.trainer.head.backend == "fused":
+            yield "trainer.head.backend=fused needs cluster.device=cuda; use auto or chunked"
         if r.engine.block_size is not None and r.engine.block_size % 32:
             yield (
                 f"rollout.engine.block_size={r.engine.block_size}: vLLM on CPU takes multiples of 32; use 32"

@@ -252,10 +252,17 @@ class OptimConfig(Section):
 
 
 class HeadConfig(Section):
-    backend: Literal["reference", "chunked"] = Field(
-        "chunked", description="How log-probabilities are computed."
+    backend: Literal["auto", "reference", "chunked", "fused"] = Field(
+        "auto",
+        description="How log-probabilities are computed: whole logits (reference), chunks of rows, or the"
+        " fused Triton kernel (CUDA only). auto: fused on CUDA, chunked on CPU.",
     )
-    chunk_tokens: int = Field(1024, ge=1, description="Rows per chunk of the chunked head.")
+    chunk_tokens: int = Field(1024, ge=1, description="Rows per chunk of the head.")
+    fuse_loss: bool = Field(
+        True,
+        description="Backends auto and chunked: make the gradient together with the loss, 3 matrix products"
+        " instead of 4, where the loss is token-level (dapo, dr_grpo).",
+    )
 
 
 class TrainerConfig(Section):

@@ -142,11 +142,12 @@ def head_bytes(ranks: TrainerRanks) -> float:
     norm = tokens * s.hidden / t * ((2 * FP32 if ranks.modules == "torch" else b) + b)
     gathered = tokens * s.hidden * b if t > 1 else 0.0
     kept = norm + gathered + 2 * rows * s.hidden * b
-    weight = vocab * s.hidden * b  # its gradient, before it is added to the fp32 buffer
     if ranks.head_chunk is None:
         return kept + rows * vocab * ranks.logit_bytes
-    values = 3 * FP32 + (b if b < FP32 else 0)  # logits, probabilities, gradient; and its low-precision copy
-    return kept + weight + min(rows, ranks.head_chunk) * vocab * values
+    # Logits and two copies in the reference; the row kernels write a low-precision gradient beside them. The
+    # weight's gradient is added to Megatron's fp32 buffer as it is made.
+    values = 3 * FP32 if ranks.modules == "torch" else FP32 + (b if b < FP32 else 0)
+    return kept + min(rows, ranks.head_chunk) * vocab * values
 
 
 def rank_memory(ranks: TrainerRanks, stage: int, c: Constants = DEFAULT) -> RankMemory:

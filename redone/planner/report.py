@@ -154,7 +154,7 @@ def _lengths(cfg: Config, options: Options) -> tuple[Lengths, float, list[str]]:
 def _sizes(cfg: Config, shape: ModelShape, options: Options, job: Job) -> Sizes:
     mean = moments(job.work.lengths)[0]
     prompt = job.work.prompt_tokens / (job.work.samples if job.layout.shared_prefix else 1)
-    chunked = cfg.trainer.head.backend == "chunked"
+    chunked = cfg.trainer.head.backend != "reference"
     ranks = TrainerRanks(
         shape=shape,
         world=job.layout.train_gpus,

@@ -63,11 +63,18 @@ def _cases(world: int) -> list[Case]:
 
 
 CASES: dict[int, list[Case]] = {world: _cases(world) for world in (1, 2, 4)}
+OTHER_LOSS = {
+    "loss": {"type": "dr_grpo", "length": 16, "clip_ratio_high": 0.3},
+    "importance": {"level": "token", "mode": "mask", "cap": 0.01},
+    "kl": {"coef": 0.2, "estimator": "k2"},
+    "entropy_coeff": 0.0,
+}
 _ONE = {"kind": "dense", "layout": (1, 1, 1, 1)}
 CASES[1] += [
     ("parity shifted", "parity", {**_ONE, "shift": 1}),
     ("parity cold", "parity", {**_ONE, "temperature": 0.7}),
-    ("entropy gradient", "entropy_gradient", _ONE),
+    ("heads", "head_parity", _ONE),
+    ("heads, other loss", "head_parity", {**_ONE, **OTHER_LOSS}),
     ("kept reference", "kept_reference", _ONE),
     (
         "checkpoint before the first step",
@@ -82,7 +89,7 @@ CASES[1] += [
     ],
 ]
 CASES[2] += [
-    ("entropy gradient TP2", "entropy_gradient", {"kind": "odd", "layout": (2, 1, 1, 1)}),
+    ("heads TP2", "head_parity", {"kind": "odd", "layout": (2, 1, 1, 1)}),
     ("bf16", "bf16", {"kind": "moe", "layout": (1, 1, 2, 1)}),
     ("bf16 tied PP2", "bf16", {"kind": "tied", "layout": (1, 2, 1, 1)}),
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import os
 import pickle
 import resource
 import sys
@@ -12,10 +13,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported; only the case of the fused head runs it
+
 import numpy as np
 import reference
 import torch
 import torch.distributed as dist
+from redone_kernels import launch
 
 from redone.config.schema import Config
 from redone.data.pack import build_shards, plan_step, scatter_rows
@@ -23,6 +27,7 @@ from redone.errors import ModelError, RedoneError, TrainerError
 from redone.trainer import build_trainer
 from redone.types import Batch, Shard
 
+launch.INTERPRET = False
 Layout = tuple[int, int, int, int]  # tensor, pipeline, expert, expert tensor
 FOLDER = Path()
 
@@ -37,7 +42,6 @@ def model_folder(kind: str) -> Path:
 
 def make_config(path: str | Path, layout: Layout, **options: Any) -> Config:
     """options: dtype, head, chunk, recompute, kl, budget, sharing, entropy."""
-    tensor, pipeline, expert, expert_tensor = layout
     return Config.model_validate(
         {
             "model": {"path": str(path), "dtype": options.get("dtype", "float32")},
@@ -45,19 +49,12 @@ def make_config(path: str | Path, layout: Layout, **options: Any) -> Config:
             "rewards": {},
             "algorithm": {
                 "total_steps": reference.TOTAL,
-                "train_batch_size": 1,
-                "ppo_mini_batch_size": 1,
+                **dict.fromkeys(("train_batch_size", "ppo_mini_batch_size"), 1),
                 "kl": {"coef": options.get("kl", 0.0)},
                 "entropy_coeff": options.get("entropy", 0.0),
-                "loss": {"type": "dapo"},
             },
             "trainer": {
-                "parallel": {
-                    "tensor": tensor,
-                    "pipeline": pipeline,
-                    "expert": expert,
-                    "expert_tensor": expert_tensor,
-                },
+                "parallel": dict(zip(("tensor", "pipeline", "expert", "expert_tensor"), layout, strict=True)),
                 "optim": {
                     "lr": reference.LR,
                     "lr_warmup_steps": reference.WARMUP,
@@ -69,7 +66,8 @@ def make_config(path: str | Path, layout: Layout, **options: Any) -> Config:
                 "max_token_len_per_rank": options.get("budget", 48),
                 "prefix_sharing": options.get("sharing", True),
                 "recompute": options.get("recompute", "none"),
-                "head": {"backend": options.get("head", "chunked"), "chunk_tokens": options.get("chunk", 7)},
+                "head": {"backend": options.get("head", "auto"), "chunk_tokens": options.get("chunk", 7)}
+                | {"fuse_loss": options.get("fuse_loss", True)},
                 "timeout_s": 120.0,
             },
             "cluster": {"gpus_per_node": dist.get_world_size()},
@@ -174,19 +172,14 @@ def gradients(kind: str, layout: Layout, **options: Any) -> dict[str, Any]:
     return result
 
 
-def entropy_gradient(kind: str, layout: Layout) -> float:
-    """The entropy bonus: chunked against reference head, worst relative gradient difference."""
-    from redone.trainer.megatron import optim
-    from redone.trainer.megatron.step import forward_backward
+def head_parity(kind: str, layout: Layout, **change: Any) -> dict[str, dict[str, float]]:
+    """Every head against the reference head; see head_check.py."""
+    from head_check import compare
 
-    data, found = load_reference(kind), []
-    for head in ("reference", "chunked"):
-        trainer = make_trainer(model_folder(kind), layout, head=head, entropy=0.1)
-        optim.zero_grad(trainer.model, trainer.optimizer)
-        forward_backward(trainer.model, shard_of(trainer, data["batches"][0])[1], trainer.cfg.algorithm, 0.7)
-        found.append(full_gradients(trainer))
-        trainer.close()
-    return relative_errors(found[1], found[0])["worst"] if dist.get_rank() == 0 else 0.0
+    data = load_reference(kind)
+    batch = data["batches"][0].with_logprobs("ref_logprobs", data["logprobs"])
+    where, cut = (model_folder(kind), layout), lambda trainer: shard_of(trainer, batch)[1]
+    return compare(make_trainer, where, cut, full_gradients, change)
 
 
 def train(kind: str, layout: Layout, **options: Any) -> dict[str, Any]:

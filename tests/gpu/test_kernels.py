@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from redone_kernels.dapo_loss import DapoConfig
@@ -13,6 +20,7 @@ from torch import Tensor
 
 pytestmark = pytest.mark.gpu
 
+REPO = Path(__file__).parents[2]
 H, V = 2048, 151936
 ABSOLUTE = 2e-4  # of log-probabilities and entropy, |logit| <= 30
 Rows = tuple[Tensor, Tensor, Tensor]
@@ -115,3 +123,37 @@ def test_linear_dapo_is_the_recomputing_head(device: torch.device) -> None:
     assert float((out.logprob - want)[mask].abs().max()) <= ABSOLUTE
     assert torch.isfinite(main_grad).all() and float(main_grad.abs().max()) > 0
     assert not leaf.grad[~mask].any()
+
+
+@pytest.mark.parametrize("backend", ["fused", "chunked"])
+def test_head_memory_at_32768_rows(backend: str, device: torch.device) -> None:
+    """Forward and backward of a training step's head within the prediction of benchmarks/kernels."""
+    n, chunk = 32768, 1024
+    hidden, weight, target = rows(n, device)
+    main_grad = torch.zeros(V, H, device=device)
+    leaf, weight = hidden.requires_grad_(), weight.requires_grad_()
+    forward((hidden[:8].detach(), weight.detach(), target[:8]), backend)  # cuBLAS's workspace
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    out = linear_logprob(
+        leaf, weight, target, entropy="grad", backend=backend, chunk_tokens=chunk, wgrad_out=main_grad
+    )  # type: ignore[arg-type]
+    assert out.entropy is not None
+    (out.logprob.sum() + out.entropy.sum()).backward()
+    peak = torch.cuda.max_memory_allocated() - before - leaf.nbytes
+    measured = runpy.run_path(str(REPO / "benchmarks/kernels/head_memory.py"))
+    assert peak <= 1.25 * measured["predicted"](backend, n, V, H, chunk, bf16=True) + 2**28
+
+
+def test_compute_sanitizer_finds_nothing() -> None:
+    """Every kernel once under memcheck, without the caching allocator, so that every overrun is one."""
+    tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    if not Path(tool).exists():
+        pytest.skip("compute-sanitizer (CUDA toolkit) is not installed")
+    done = subprocess.run(
+        [tool, "--tool", "memcheck", "--error-exitcode", "9", sys.executable, "tests/gpu/every_kernel.py"],
+        cwd=REPO, env=os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, capture_output=True, text=True,
+        timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert "ERROR SUMMARY: 0 errors" in done.stdout

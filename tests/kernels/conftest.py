@@ -25,6 +25,7 @@ IN_KERNEL_PROCESS = [
     "test_linear_dapo.py",
     "test_segment_sum.py",
     "test_fp8_blocks.py",
+    "test_memory.py",
     "test_operators.py",
 ]
 collect_ignore = ORDINARY if KERNELS else IN_KERNEL_PROCESS

@@ -94,6 +94,5 @@ def test_the_table_names_every_case(golden: Table) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.unproven
 def test_fp32_heads(repo: Path, golden: Table) -> None:
     gate(compiled(repo, FP32_HEADS), golden)

@@ -30,6 +30,5 @@ def test_kernels(repo: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.unproven
 def test_kernels_slow(repo: Path) -> None:
     interpret(repo, "slow")

@@ -43,6 +43,24 @@ def test_matches_fp64(cfg: DapoConfig, device: torch.device) -> None:
     assert worst(out.logprob[arguments["mask"]], logprob[arguments["mask"]]) <= 1e-5
 
 
+def test_the_policy_itself_is_the_old_one(device: torch.device) -> None:
+    """Without old log-probabilities the ratio is exactly 1, and the gradient that of -A log p."""
+    head, arguments = inputs(13, device)
+    arguments = {k: arguments[k] for k in ("advantage", "mask")} | {"old_logprob": None}
+    hidden, weight = head.hidden.clone().requires_grad_(), head.weight.clone().requires_grad_()
+    out = linear_dapo(
+        hidden, weight, head.target, **arguments, denom=3.0, cfg=DapoConfig(dual_clip=3.0), chunk_tokens=6
+    )  # type: ignore[arg-type]
+    out.loss.backward()
+    mask = arguments["mask"]
+    assert float(out.metrics[METRICS.index("ratio")]) == float(mask.sum())
+    assert float(out.metrics[METRICS.index("ratio_max")]) == 1
+    exact = Head(head.hidden.double().requires_grad_(), head.weight.double().requires_grad_(), head.target)
+    (-arguments["advantage"].double().nan_to_num() * oracle(exact)[0])[mask].sum().div(3).backward()
+    assert relative(hidden.grad, exact.hidden.grad) <= 2e-6
+    assert relative(weight.grad, exact.weight.grad) <= 2e-6
+
+
 def test_weight_gradient_accumulates_in_the_forward(device: torch.device) -> None:
     head, arguments = inputs(12, device)
     into = torch.zeros_like(head.weight)

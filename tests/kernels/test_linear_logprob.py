@@ -151,6 +151,22 @@ def test_repeats_to_the_bit(device: torch.device) -> None:
     assert all(torch.equal(a, b) for a, b in zip(forward(head), forward(head), strict=True))
 
 
+def test_every_output_is_written(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fresh memory holds NaN: what a kernel left unwritten would show."""
+    fresh = torch.Tensor.new_empty
+
+    def poisoned(self: Tensor, *size: object, **how: object) -> Tensor:
+        out = fresh(self, *size, **how)  # type: ignore[call-overload]
+        return out.fill_(torch.nan) if out.is_floating_point() else out
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
+    head = Head.random(17, 40, 70, device)
+    check_forward(head)
+    for backend in ("fused", "chunked"):
+        dx, dw, ex, ew = backward(head, backend, chunk_tokens=9)
+        assert relative(dx, ex) <= 2e-6 and relative(dw, ew) <= 2e-6
+
+
 def test_no_rows(device: torch.device) -> None:
     head = Head.random(0, 32, 40, device)
     assert forward(head).logprob.shape == (0,)

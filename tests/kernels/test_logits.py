@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from redone_kernels.logits import logits_backward_, logits_stats, merge_stats
@@ -123,6 +125,30 @@ def test_backward_zeroes_padding(device: torch.device) -> None:
     got = logits_backward_(logits, target, lse, entropy, ones, vocab_size=50)
     assert not got[:, 50:].any() and torch.isfinite(got).all()
     assert float(got.sum(1).abs().max()) < 1e-6
+
+
+@pytest.mark.slow
+def test_fuzz(device: torch.device) -> None:
+    """Random sizes, temperatures, splits and uneven shards; ignored rows and columns at -inf."""
+    for seed in range(60):
+        g = torch.Generator().manual_seed(seed)
+        n, v, shards = (int(torch.randint(1, top, (), generator=g)) for top in (7, 400, 5))
+        temperature = 0.5 + float(torch.rand((), generator=g))
+        logits = torch.randn(n, v, generator=g) * 10 ** float(torch.rand((), generator=g) * 2)
+        target = torch.randint(0, v, (n,), generator=g)
+        gone = torch.rand(n, v, generator=g) < 0.05
+        logits[gone.scatter(1, target[:, None], False)] = NEG
+        target[torch.rand(n, generator=g) < 0.2] = -100
+        cuts = [0, *sorted(torch.randint(0, v + 1, (shards - 1,), generator=g).tolist()), v]
+        parts = [
+            logits_stats(logits[:, i:j].to(device), target.to(device), vocab_start=i, temperature=temperature)
+            for i, j in pairwise(cuts)
+        ]
+        got = merge_stats(torch.cat(parts), target.to(device))
+        want = exact(logits, target.clamp(min=0), temperature)
+        bound = 1e-5 * max(1.0, float(logits[logits.isfinite()].abs().max()) / temperature)
+        for a, b in zip(got, want, strict=True):
+            assert worst(a.cpu(), torch.where(target >= 0, b, 0.0)) <= bound, seed
 
 
 def test_no_rows(device: torch.device) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -53,8 +54,10 @@ FAULTS = {
 }  # fmt: skip
 
 
+CRASH = "32-bit row offsets"  # reads 4 GB before its rows: the interpreter's process may die of it
+
+
 @pytest.mark.slow
-@pytest.mark.unproven
 @pytest.mark.parametrize("name", FAULTS)
 def test_fault_is_found(name: str, repo: Path, tmp_path: Path) -> None:
     module, old, new, test = FAULTS[name]
@@ -73,5 +76,7 @@ def test_fault_is_found(name: str, repo: Path, tmp_path: Path) -> None:
         capture_output=True,
         text=True,
     )  # fmt: skip
+    if name == CRASH and done.returncode == -signal.SIGSEGV:
+        return
     assert done.returncode == 1, done.stdout[-3000:] + done.stderr[-1000:]
     assert " failed" in done.stdout and " error" not in done.stdout

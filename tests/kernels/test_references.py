@@ -135,6 +135,24 @@ def test_fused_says_what_it_needs() -> None:
         linear_logprob(head.hidden, head.weight, head.target, backend="fused")
 
 
+def test_cpu_needs_no_triton() -> None:
+    """The head and the losses of a CPU run, where importing triton fails."""
+    code = """
+import sys
+sys.modules["triton"] = None
+import torch
+from redone_kernels.linear_dapo import linear_dapo, DapoConfig
+from redone_kernels.linear_logprob import linear_logprob
+from redone_kernels.segment_sum import segment_sum
+x, w, t = torch.randn(5, 8, requires_grad=True), torch.randn(11, 8), torch.arange(5)
+linear_logprob(x, w, t).logprob.sum().backward()
+linear_dapo(x, w, t, None, torch.ones(5), t > 1, 3.0, DapoConfig()).loss.backward()
+segment_sum(x[:, 0], torch.tensor([0, 2, 5]), t > 0)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 def test_two_tensor_parallel_ranks(repo: Path) -> None:
     """tests/kernels/ranks.py on gloo: values, gradients, main_grad and linear_dapo equal one rank's."""
     with socket.socket() as s:

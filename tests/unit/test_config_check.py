@@ -55,6 +55,7 @@ def test_a_legal_configuration_passes_in_silence() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"trainer__head": {"backend": "fused"}}, "trainer.head.backend=fused needs cluster.device=cuda"),
         (
             {"algorithm__ppo_mini_batch_size": 32},
             "exceeds algorithm.train_batch_size=16",

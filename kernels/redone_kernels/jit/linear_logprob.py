@@ -51,7 +51,9 @@ def _tile(
     return acc
 
 
-@triton.jit
+# Sizes that change with the batch or the shard are not specialised (1, multiples of 16): one compilation
+# serves them all, and nothing in these kernels gains from knowing them.
+@triton.jit(do_not_specialize=["n", "rows_w", "real", "split", "vocab_start"])
 def linear_stats(
     x_ptr, w_ptr, target_ptr, part_ptr, n, rows_w, real, split, vocab_start, scale,
     H: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
@@ -99,7 +101,7 @@ def linear_stats(
     tl.store(out + 3 * n, z, mask=live)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "rows_w", "real", "first_column", "width", "vocab_start"])
 def linear_dlogits(
     x_ptr, w_ptr, target_ptr, lse_ptr, entropy_ptr, grad_ptr, grad_entropy_ptr, out_ptr,
     n, rows_w, real, first_column, width, out_stride, vocab_start, inv_temperature,

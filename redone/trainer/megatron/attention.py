@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -21,6 +21,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from redone.trainer.megatron.attention_varlen import Varlen, VarlenSharedPrefixAttention, make_varlen
+from redone.trainer.megatron.token_loss import LossRows
 from redone.types import Segment
 
 MAX_PADDING = 0.25  # segments of unlike length are batched together up to this share of padding
@@ -69,7 +70,8 @@ class PackedRow(PackedSeqParams):
     rows: Tensor | None = None  # [N] int64, rows whose hidden state predicts a target
     targets: Tensor | None = None  # [N] int64
     temperature: float = 1.0
-    entropy: str = "none"  # "none" | "value" | "grad"
+    entropy: Literal["none", "value", "grad"] = "none"
+    loss: LossRows | None = None  # where the head may make the loss's gradient itself
 
 
 def make_plan(segments: Sequence[Segment], device: torch.device) -> AttentionPlan:

@@ -1,11 +1,11 @@
 """The language-model head: log-probabilities and entropy of the rows that predict a response token.
 
 Only N response rows are projected, never the prompt. The vocabulary is split over the tensor-parallel
-ranks; sums over it are all-reduced, so values and gradients are those of the full softmax. Rows that pad
-the vocabulary are masked. With sequence parallelism the hidden states are gathered first, and their
-gradient is reduce-scattered. Backend "reference" is autograd over all rows at once; "chunked" keeps the
-logits of `chunk` rows alive at a time and recomputes them in the backward. Both return fp32 whatever the
-model's dtype.
+ranks; values and gradients are those of the full softmax, and rows that pad the vocabulary are masked. With
+sequence parallelism the hidden states are gathered first, and their gradient is reduce-scattered. The
+computing is done by redone_kernels: "chunked" (rows), "fused" (Triton, logits never stored), and
+`linear_dapo`, which makes the gradient of a token-level loss in the forward. "reference" is autograd over
+all rows at once, the definition. All return fp32 whatever the model's dtype.
 """
 
 from __future__ import annotations
@@ -21,47 +21,81 @@ from megatron.core.tensor_parallel import (
     gather_from_sequence_parallel_region,
     reduce_from_tensor_model_parallel_region,
 )
+from redone_kernels.linear_dapo import linear_dapo
+from redone_kernels.linear_logprob import linear_logprob
 from torch import Tensor
 
+from redone.trainer.megatron.attention import PackedRow
+from redone.trainer.megatron.token_loss import LossRows
+
 Entropy = Literal["none", "value", "grad"]
+Backend = Literal["auto", "reference", "chunked", "fused"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Head:
     """How to compute; one per trainer."""
 
-    backend: Literal["reference", "chunked"]
+    backend: Backend  # auto: fused on CUDA, chunked on CPU
     chunk: int  # rows
     vocab: int  # real rows of the vocabulary, all ranks together
     sequence_parallel: bool
+    fuse_loss: bool  # let the head make the gradient where the row carries a token-level loss
 
-    def __call__(
-        self,
-        hidden: Tensor,
-        weight: Tensor,
-        rows: Tensor,
-        targets: Tensor,
-        temperature: float,
-        entropy: Entropy,
-    ) -> tuple[Tensor, Tensor | None]:
-        """hidden [T or T / tp, 1, H], weight [V / tp, H], rows and targets [N] -> log-probabilities, entropy.
+    def __call__(self, hidden: Tensor, weight: Tensor, row: PackedRow) -> tuple[Tensor, ...]:
+        """hidden [T or T / tp, 1, H], weight [V / tp, H] -> log-probabilities [N], entropy [N] or [0].
 
-        Entropy is None for "none" and carries no gradient for "value". Logits are divided by `temperature`.
+        Entropy is [0] for row.entropy "none" and carries no gradient for "value". Logits are divided by
+        row.temperature. Where row.loss is set and the head makes the gradient, neither carries any, and
+        the loss (scalar, with gradient) and its metric vector follow. The weight's gradient is added to
+        its fp32 main_grad where Megatron has one.
         """
+        assert row.rows is not None and row.targets is not None
         if self.sequence_parallel:
             hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True)
-        selected = hidden[:, 0].index_select(0, rows)
-        first = parallel_state.get_tensor_model_parallel_rank() * weight.shape[0]
-        local = Vocab(first=first, real=min(max(self.vocab - first, 0), weight.shape[0]))
-        if self.backend == "chunked":
-            logprobs, value = ChunkedLogprobs.apply(
-                selected, weight, targets, local, temperature, entropy, self.chunk
+        selected = hidden[:, 0].index_select(0, row.rows)
+        if self.backend == "reference":
+            if not self.sequence_parallel:
+                selected = copy_to_tensor_model_parallel_region(selected)
+            first = parallel_state.get_tensor_model_parallel_rank() * weight.shape[0]
+            local = Vocab(first=first, real=min(max(self.vocab - first, 0), weight.shape[0]))
+            logprobs, value = reference_logprobs(
+                selected, weight, row.targets, local, row.temperature, row.entropy
             )
-        else:
-            logprobs, value = reference_logprobs(selected, weight, targets, local, temperature, entropy)
-        if entropy == "none":
-            return logprobs, None
-        return logprobs, value if entropy == "grad" else value.detach()
+            return logprobs, value if row.entropy == "grad" else value.detach()
+        place = self._place(weight, row)
+        if row.loss is not None and self.fuse_loss and self.backend != "fused":
+            return _with_loss(selected, weight, row.targets, row.loss, place)
+        out = linear_logprob(
+            selected, weight, row.targets, backend=self.backend,
+            entropy="metric" if row.entropy == "value" else row.entropy, **place,
+        )  # fmt: skip
+        return out.logprob, out.logprob.new_zeros(0) if out.entropy is None else out.entropy
+
+    def _place(self, weight: Tensor, row: PackedRow) -> dict[str, Any]:
+        """Arguments that linear_logprob and linear_dapo share."""
+        parallel = parallel_state.get_tensor_model_parallel_world_size() > 1
+        grad = getattr(weight, "main_grad", None)
+        return {
+            "vocab_start": parallel_state.get_tensor_model_parallel_rank() * weight.shape[0],
+            "vocab_size": self.vocab,
+            "tp_group": parallel_state.get_tensor_model_parallel_group() if parallel else None,
+            "temperature": row.temperature,
+            "chunk_tokens": self.chunk,
+            # Megatron's hook adds weight.grad, here that of a tied embedding only, to main_grad by itself
+            "wgrad_out": grad if grad is not None and grad.dtype == torch.float32 else None,
+            "dhidden_reduce": "all_reduce" if parallel and not self.sequence_parallel else "none",
+        }
+
+
+def _with_loss(
+    hidden: Tensor, weight: Tensor, targets: Tensor, loss: LossRows, place: dict[str, Any]
+) -> tuple[Tensor, ...]:
+    out = linear_dapo(
+        hidden, weight, targets, loss.old, loss.advantages, loss.mask, loss.denom, loss.cfg,
+        ref_logprob=loss.ref, rollout_logprob=loss.rollout, **place,
+    )  # fmt: skip
+    return out.logprob, out.entropy, out.loss, out.metrics
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,64 +152,3 @@ def reference_logprobs(
     p = (x - copy_to_tensor_model_parallel_region(lse)[:, None]).exp()
     mean = reduce_from_tensor_model_parallel_region((p * x.masked_fill(p == 0, 0.0)).sum(-1))
     return logprobs, lse - mean
-
-
-class ChunkedLogprobs(torch.autograd.Function):
-    """`reference_logprobs` in O(chunk * V / tp) memory.
-
-    d logprob / dx = onehot - p;  d H / dx = -p (x - lse + H)   (from H = -sum p log p, log p = x - lse).
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        targets: Tensor,
-        local: Vocab,
-        temperature: float,
-        entropy: Entropy,
-        chunk: int,
-    ) -> tuple[Tensor, Tensor]:
-        n = hidden.shape[0]
-        lse = hidden.new_empty(n, dtype=torch.float32)
-        picked, mean = torch.zeros_like(lse), torch.zeros_like(lse)
-        for i in range(0, n, chunk):
-            part = slice(i, min(i + chunk, n))
-            x = _logits(hidden[part], weight, local, temperature)
-            top = _all_max(x.amax(-1))
-            column, own = _own_target(targets[part], local)
-            picked[part] = _all_sum(x.gather(1, column[:, None])[:, 0].masked_fill_(~own, 0.0))
-            p = (x - top[:, None]).exp_()
-            total = _all_sum(p.sum(-1))
-            lse[part] = top + total.log()
-            if entropy != "none":
-                mean[part] = _all_sum(p.mul_(x.masked_fill_(p == 0, 0.0)).sum(-1)) / total
-        value = lse - mean if entropy != "none" else lse.new_zeros(0)
-        ctx.save_for_backward(hidden, weight, targets, lse, value)
-        ctx.local, ctx.temperature, ctx.entropy, ctx.chunk = local, temperature, entropy, chunk
-        return picked - lse, value
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, targets, lse, value = ctx.saved_tensors
-        grad_logprobs, grad_entropy = grads
-        grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros_like(weight)
-        for i in range(0, hidden.shape[0], ctx.chunk):
-            part = slice(i, min(i + ctx.chunk, hidden.shape[0]))
-            x = _logits(hidden[part], weight, ctx.local, ctx.temperature)
-            log_p = x.sub_(lse[part][:, None])
-            p = log_p.exp()
-            g = grad_logprobs[part][:, None]
-            column, own = _own_target(targets[part], ctx.local)
-            if ctx.entropy == "grad":
-                h = log_p.masked_fill_(p == 0, 0.0).add_(value[part][:, None])
-                dx = p.mul_(h.mul_(grad_entropy[part][:, None]).add_(g)).neg_()
-            else:
-                dx = p.mul_(-g)
-            dx.scatter_add_(1, column[:, None], torch.where(own, g[:, 0], 0.0)[:, None])
-            dx = dx.div_(ctx.temperature).to(hidden.dtype)
-            grad_hidden[part] = dx @ weight
-            grad_weight.addmm_(dx.T, hidden[part])
-        return grad_hidden, grad_weight, None, None, None, None, None

@@ -40,7 +40,7 @@ class PackedRotary(RotaryEmbedding):
 
 
 class PackedGPTModel(GPTModel):
-    """GPTModel over packed rows; the last stage returns fp32 (logprobs [N], entropy [N] or [0])."""
+    """GPTModel over packed rows; the last stage returns what the head returns."""
 
     def __init__(self, config: TransformerConfig, head: Head, **kwargs: Any) -> None:
         super().__init__(config, position_embedding_type="rope", parallel_output=True, **kwargs)
@@ -59,15 +59,12 @@ class PackedGPTModel(GPTModel):
         if not self.post_process:
             return hidden_states
         row = packed_seq_params
-        assert row is not None and row.rows is not None and row.targets is not None
+        assert row is not None
         if self.share_embeddings_and_output_weights:
             weight = self.shared_embedding_or_output_weight()
         else:
             weight = self.output_layer.weight
-        logprobs, entropy = self.head(
-            hidden_states, weight, row.rows, row.targets, row.temperature, row.entropy
-        )
-        return logprobs, logprobs.new_zeros(0) if entropy is None else entropy
+        return self.head(hidden_states, weight, row)
 
 
 def _leave_uninitialised(tensor: Tensor) -> Tensor:
@@ -141,6 +138,7 @@ def build_module(shape: ModelShape, config: TransformerConfig, trainer: TrainerC
         chunk=trainer.head.chunk_tokens,
         vocab=shape.vocab,
         sequence_parallel=config.sequence_parallel,
+        fuse_loss=trainer.head.fuse_loss,
     )
     module = PackedGPTModel(
         config,

@@ -18,13 +18,17 @@ from redone.config.schema import AlgorithmConfig
 from redone.errors import TrainerError
 from redone.trainer.megatron.attention import PackedRow, make_plan
 from redone.trainer.megatron.device import device
+from redone.trainer.megatron.head import Entropy
+from redone.trainer.megatron.token_loss import TokenLoss
 from redone.types import FloatArray, Microbatch, Shard
 
-Output = tuple[Tensor, Tensor]  # the last stage's (logprobs [N], entropy [N] or [0])
+Output = tuple[Tensor, ...]  # the last stage's logprobs [N], entropy [N] or [0]; see head.Head
 LossFunction = Callable[[Microbatch, Output], tuple[Tensor, Any]]
 
 
-def pack_row(microbatch: Microbatch, temperature: float, entropy: str) -> PackedRow:
+def pack_row(
+    microbatch: Microbatch, temperature: float, entropy: Entropy, token_loss: TokenLoss | None = None
+) -> PackedRow:
     """The micro-batch as the model reads it, on the device."""
     where = device()
     max_length = int(microbatch.positions.max()) + 1
@@ -42,6 +46,7 @@ def pack_row(microbatch: Microbatch, temperature: float, entropy: str) -> Packed
         targets=index(microbatch.targets),
         temperature=temperature,
         entropy=entropy,
+        loss=None if token_loss is None else token_loss.rows(microbatch, where),
     )
 
 
@@ -51,15 +56,19 @@ def run(
     loss: LossFunction,
     *,
     temperature: float,
-    entropy: str,
+    entropy: Entropy,
     train: bool,
+    token_loss: TokenLoss | None = None,
 ) -> list[Any]:
-    """Drive the schedule; the second value of `loss` per micro-batch, on the last pipeline stage."""
+    """Drive the schedule; the second value of `loss` per micro-batch, on the last pipeline stage.
+
+    With `token_loss` the head may make the loss and its gradient itself.
+    """
     model.train(train)
 
     def forward_step(iterator: Iterator[Microbatch], module: torch.nn.Module) -> tuple[Any, Any]:
         microbatch = next(iterator)
-        row = pack_row(microbatch, temperature, entropy)
+        row = pack_row(microbatch, temperature, entropy, token_loss)
         ids = torch.from_numpy(microbatch.token_ids).to(device(), torch.int64)[None]
         output = module(ids, row.positions[None], None, packed_seq_params=row)  # type: ignore[index]
         return output, lambda out: loss(microbatch, out)
@@ -120,21 +129,34 @@ def forward_backward(
     """
     # Megatron divides each loss by the number of micro-batches and averages gradients over data-parallel
     # ranks, while policy_loss already is a share of the step's loss.
-    scale = len(shard.microbatches) * parallel_state.get_data_parallel_world_size()
+    count, replicas = len(shard.microbatches), parallel_state.get_data_parallel_world_size()
+    # It also multiplies by the context-parallel size; the gradient of a TokenLoss must arrive as 1.
+    context = parallel_state.get_context_parallel_world_size()
+    token_loss = TokenLoss.of(algorithm, shard, replicas * context)
 
     def loss(microbatch: Microbatch, output: Output) -> tuple[Tensor, Totals]:
         total = Totals()
+        if token_loss is not None:
+            fused = output[2:] or token_loss.rows(microbatch, output[0].device).apart(*output)
+            total.add(*token_loss.report(fused[1]))
+            return fused[0] * (count / context), total
         if not len(microbatch.rows):
             return output[0].sum() * 0.0, total
         result = policy_loss(
             loss_inputs(microbatch, output), algorithm, shard.num_loss_tokens, shard.num_sequences
         )
         total.add(float(result.loss.detach()), _floats(result.sums), _floats(result.maxima))
-        return result.loss * scale, total
+        return result.loss * (count * replicas), total
 
-    entropy = "grad" if algorithm.entropy_coeff > 0 else "value"
+    entropy: Entropy = "grad" if algorithm.entropy_coeff > 0 else "value"
     parts: list[Totals] = run(
-        model, shard.microbatches, loss, temperature=temperature, entropy=entropy, train=True
+        model,
+        shard.microbatches,
+        loss,
+        temperature=temperature,
+        entropy=entropy,
+        train=True,
+        token_loss=token_loss,
     )
     totals = _join_ranks(parts if holds_output() else [])
     if not math.isfinite(totals.loss):
@@ -148,7 +170,7 @@ def forward_backward(
 def loss_inputs(microbatch: Microbatch, output: Output) -> LossInputs:
     """What the loss reads. Without old log-probabilities the current ones stand in (ratio 1, on-policy)."""
     where = output[0].device
-    logprobs, entropy = output
+    logprobs, entropy = output[:2]
 
     def tensor(array: Any) -> Tensor:
         return torch.from_numpy(array).to(where)
