@@ -86,7 +86,7 @@ def parser(words: Sequence[str] = ()) -> argparse.ArgumentParser:
 
 
 def parse(words: Sequence[str]) -> argparse.Namespace:
-    """The arguments. argparse takes free words (a.b=c) in one place only; here they may stand among options."""
+    """The arguments. argparse takes free words (a.b=c) in one place only; here they may stand anywhere."""
     top = parser(words)
     args, rest = top.parse_known_args(words)
     if rest and (not hasattr(args, "words") or any(word.startswith("-") for word in rest)):
