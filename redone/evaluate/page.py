@@ -13,7 +13,8 @@ from redone.record.report import STYLE
 
 ROW, LEFT, WIDTH, RIGHT = 22, 250, 860, 60  # pixels of the plot
 MORE = """
-.plot{max-width:980px}.plot text{font-size:12px}tr.model td{font-weight:600}tr.floor td{color:#9a2c2c}
+.plot{max-width:980px;margin:14px 0}th.n{text-align:right}table{margin:8px 0}
+.plot text{font-size:12px}tr.model td{font-weight:600}tr.floor td{color:#9a2c2c}
 tr.interval td,tr.paper td{color:#666}.small{font-size:13px;color:#666}
 """
 
@@ -42,11 +43,13 @@ def document(title: str, body: str) -> str:
 
 
 def grid(heads: Sequence[str], rows: Sequence[Sequence[str]], classes: Sequence[str] = ()) -> str:
-    """A table; numbers to the right."""
-    top = "".join(f"<th>{html.escape(head)}</th>" for head in heads)
+    """A table; columns of numbers to the right."""
+    right = [n > 0 and any(_number(row[n]) for row in rows) for n in range(len(heads))]
+    marks = [' class="n"' if to_right else "" for to_right in right]
+    top = "".join(f"<th{m}>{html.escape(head)}</th>" for m, head in zip(marks, heads, strict=True))
     lines = []
     for n, row in enumerate(rows):
-        cells = "".join(f"<td{_number(cell)}>{html.escape(cell)}</td>" for cell in row)
+        cells = "".join(f"<td{m}>{html.escape(cell)}</td>" for m, cell in zip(marks, row, strict=True))
         lines.append(f'<tr class="{classes[n] if classes else ""}">{cells}</tr>')
     return f"<table><tr>{top}</tr>{''.join(lines)}</table>"
 
@@ -98,10 +101,14 @@ def _suite(result: SuiteResult, model: str) -> str:
     parts = [f"<h2>{html.escape(result.title or result.name)}</h2>"]
     parts.append(f'<p class="small">{html.escape(result.source)}</p>' if result.source else "")
     for name, table in result.tables.items():
-        heads, rows = table_rows(name, table, model, result.paper.get(name))
+        heads, rows = table_rows(name, table, model, None)
         parts.append(grid(heads, rows, [_class(row[0], n) for n, row in enumerate(rows)]))
         if name in result.paper:
-            parts.append(f'<p class="small">Paper: {html.escape(CITATION)}. {html.escape(CAVEAT)}</p>')
+            _, longer = table_rows(name, table, model, result.paper[name])
+            said = f'<p class="small">{html.escape(CITATION)}. {html.escape(CAVEAT)}</p>'
+            classes = ["model", *("paper" for _ in longer[len(rows) :])]
+            below = grid(heads, [rows[0], *longer[len(rows) :]], classes)
+            parts.append(f"<details><summary>beside the paper's rows</summary>{said}{below}</details>")
     parts.append(plot(result.parts))
     parts.append(grid(HEADS, [row for part in result.parts for row in part_rows(part)]))
     parts += [f'<p class="small">{html.escape(line)}</p>' for line in notes(result)]
@@ -110,9 +117,7 @@ def _suite(result: SuiteResult, model: str) -> str:
 
 
 def _class(head: str, n: int) -> str:
-    if n == 0:
-        return "model"
-    return "paper" if head.startswith("paper") else "floor" if head.startswith("best") else "interval"
+    return "model" if n == 0 else "floor" if head.startswith("best") else "interval"
 
 
 def _part(part: PartResult) -> str:
@@ -152,7 +157,7 @@ def _said(sample: Mapping[str, Any]) -> str:
 def _reading() -> str:
     return (
         "<h2>How to read this</h2><p>Intervals: 95 % percentile bootstrap over items (1,000 resamples; all "
-        "answers to an item are drawn together), Wilson's where every item has the same outcome. They hold "
+        "answers to an item are drawn together), Wilson's for a share that is 0 or 100. They hold "
         "what other items would change, not what other prompts would. An answer that knows nothing is scored "
         "like the model: a score that is not above the best of them shows no skill. <b>released</b> is the "
         "published scorer's arithmetic with its faults, <b>corrected</b> the task as it is meant; only the "
@@ -165,5 +170,5 @@ def _facts(facts: Mapping[str, Any]) -> str:
     return f"<h2>Settings and versions</h2>{grid(('', ''), rows)}"
 
 
-def _number(cell: str) -> str:
-    return ' class="n"' if cell[:1].isdigit() or cell[:2].strip("-").isdigit() else ""
+def _number(cell: str) -> bool:
+    return cell.lstrip("+-")[:1].isdigit()
