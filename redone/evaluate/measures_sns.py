@@ -155,7 +155,11 @@ def _simple(prediction: str, row: Row) -> Sequence[float]:
     counts = float(bool(found and gold)), float(bool(found) > bool(gold)), float(bool(found) < bool(gold))
     if not (found and gold):
         return *counts, 1, 1, 0, 0, 0, 0, 0
-    return *counts, 1, 1, 1, *corrected.cached_overlaps(found, gold)
+    try:
+        overlaps = released_mrc.overlaps(found, gold)
+    except ValueError:
+        overlaps = (0.0, 0.0, 0.0, 0.0)
+    return *counts, 1, 1, 1, *overlaps
 
 
 def _simple_mean(sums: Sequence[float]) -> dict[str, float]:
