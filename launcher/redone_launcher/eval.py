@@ -7,9 +7,8 @@ import argparse
 import json
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
@@ -24,6 +23,8 @@ from redone.reward.pool import RewardPool, build_rewards
 from redone_launcher.compare import compare_command
 from redone_launcher.eval_job import Job, prepare, rewards_of
 from redone_launcher.run import log_to, versions
+
+PROGRESS_S = 10.0  # seconds between two lines
 
 
 def add_eval_arguments(parser: argparse.ArgumentParser) -> None:
@@ -147,14 +148,17 @@ def write(folder: EvalFolder, results: Sequence[SuiteResult], name: str, job: Jo
     replace(folder.path / "report.html", render(results, name, facts))
 
 
-def _progress(console: Console, name: str, total: int) -> Any:
-    """Prints at every tenth of the items."""
-    began, step = time.monotonic(), max(1, total // 10)
+def _progress(console: Console, name: str, total: int) -> Callable[[int], None]:
+    """Prints now and then, and at the end."""
+    began = last = time.monotonic()
 
     def report(done: int) -> None:
-        if done % step == 0 or done == total:
-            seconds = time.monotonic() - began
-            console.print(f"{name}: {done} of {total} items, {seconds:.0f} s", style="dim", highlight=False)
+        nonlocal last
+        now = time.monotonic()
+        if done == total or now - last >= PROGRESS_S:
+            last = now
+            text = f"{name}: {done} of {total} items, {now - began:.0f} s"
+            console.print(text, style="dim", highlight=False)
 
     return report
 
