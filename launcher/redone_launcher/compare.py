@@ -26,6 +26,8 @@ def compare_command(words: Sequence[str], page: Path | None) -> int:
     first, second = (EvalFolder.open(Path(word)) for word in words)
     found = compare_folders(first, second)
     console = Console()
+    if not console.is_terminal:
+        console = Console(width=180)  # a log file has room
     console.print(f"A: {words[0]} ({_model(first)})\nB: {words[1]} ({_model(second)})", highlight=False)
     table = Table(box=box.SIMPLE_HEAD)
     for n, head in enumerate(HEADS):

@@ -25,6 +25,7 @@ from redone_launcher.eval_job import Job, prepare, rewards_of
 from redone_launcher.run import log_to, versions
 
 PROGRESS_S = 10.0  # seconds between two lines
+WIDE = 160
 
 
 def add_eval_arguments(parser: argparse.ArgumentParser) -> None:
@@ -58,6 +59,8 @@ def eval_command(args: argparse.Namespace) -> int:
     if args.words[:1] == ["compare"]:
         return compare_command(args.words[1:], args.html)
     console = Console()
+    if not console.is_terminal:
+        console = Console(width=WIDE)  # a log file has room
     if args.list:
         for name, path in shipped().items():
             suite = load_suite(str(path))

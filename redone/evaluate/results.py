@@ -13,12 +13,13 @@ from redone.evaluate.answer import UNFIT, Measures
 from redone.evaluate.items import EvalItem
 from redone.evaluate.measures import Floats, Measure
 from redone.evaluate.records import Record
-from redone.evaluate.resample import interval, item_means, mean_of, resampled, scores_of, weights
+from redone.evaluate.resample import interval, mean_of, resampled, scores_of, weights
 from redone.evaluate.suite import Part, Suite
 
 Policies = Callable[[Part, Sequence[EvalItem]], Mapping[str, Mapping[str, Floats]]]
 SAMPLES = 4  # items of a part that the page shows
 SHOWN = 700  # characters of each text there
+FLAT = 1e-9  # an interval of no width
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,7 +85,7 @@ def suite_result(
         for name, measure in measures[part.id].items():
             numbers = stacked(kept, name)
             values, spread = scores_of(measure, numbers), resampled(measure, numbers, drawn)
-            ranges[name] = _ranges(measure, numbers, values, spread)
+            ranges[name] = _ranges(measure, len(kept), values, spread)
             for score, value in values.items():
                 drawn_scores[f"{part.id}/{name}/{score}"] = (value, spread[score])
         found = policies(part, asked)
@@ -119,19 +120,26 @@ def plain(results: Sequence[SuiteResult]) -> list[dict[str, Any]]:
 
 
 def _ranges(
-    measure: Measure, numbers: Floats, values: Mapping[str, float], spread: Mapping[str, Floats]
+    measure: Measure, items: int, values: Mapping[str, float], spread: Mapping[str, Floats]
 ) -> dict[str, Ranged]:
     found = {}
     for name, value in values.items():
         low, high = interval(spread[name])
+        if high - low < FLAT and (value < FLAT or value > 100 - FLAT):
+            # All items alike: resampling them says nothing about others. Wilson's interval of the share of
+            # items that earn anything (or everything) stands in.
+            low, high = (100 * edge for edge in wilson_interval(items if value > 50 else 0, items))
         found[name] = Ranged(value=value, low=low, high=high, partial=measure.partial)
-    main = next(iter(values))
-    means = item_means(measure, numbers)
-    if means is not None and len(np.unique(means)) == 1 and means[0] in (0.0, 1.0):
-        # resampling equal items gives an interval of width 0: Wilson's does not pretend to that
-        low, high = wilson_interval(round(float(means.sum())), len(means))
-        found[main] = Ranged(value=values[main], low=100 * low, high=100 * high, partial=measure.partial)
     return found
+
+
+def _mean_interval(spread: Floats, members: Sequence[Ranged]) -> tuple[float, float]:
+    """Of a mean of scores; where resampling has no width, the mean of their own intervals, which is wider
+    than needed."""
+    low, high = interval(spread)
+    if high - low < FLAT:
+        return float(np.mean([m.low for m in members])), float(np.mean([m.high for m in members]))
+    return low, high
 
 
 def _part(
@@ -180,10 +188,10 @@ def _table(
             continue
         full = [path for path in paths if path is not None]
         spread = mean_of({path: drawn[path][1] for path in full})
-        low, high = interval(spread)
-        why = "; ".join(
-            {by_id[p.split("/")[0]].metrics[p.split("/")[1]][p.split("/", 2)[2]].partial for p in full} - {""}
-        )
+        keys = [path.split("/", 2) for path in full]
+        members = [by_id[part].metrics[metric][score] for part, metric, score in keys]
+        low, high = _mean_interval(spread, members)
+        why = "; ".join(dict.fromkeys(m.partial for m in members if m.partial))
         found[column] = Ranged(
             value=float(np.mean([drawn[p][0] for p in full])), low=low, high=high, partial=why
         )
@@ -196,7 +204,7 @@ def _table(
         return None
     average = None
     if len(spreads) > 1:
-        low, high = interval(mean_of(spreads))
+        low, high = _mean_interval(mean_of(spreads), [found[column] for column in spreads])
         value = float(np.mean([found[column].value for column in spreads]))
         left_out = [column for column in columns if column not in spreads]
         note = (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from rich import box
 from rich.console import Group, RenderableType
@@ -87,13 +87,14 @@ def terminal(results: Sequence[SuiteResult], model: str, like_paper: bool) -> Re
     """Everything that `redone eval` prints at the end."""
     shown: list[RenderableType] = []
     for result in results:
-        shown.append(
-            _grid(result.title or result.name, HEADS, [r for p in result.parts for r in part_rows(p)])
-        )
+        rows = [row for part in result.parts for row in part_rows(part)]
+        # the policy's name stands on the page; in a terminal the row must stay one line
+        short = [(*row[:5], row[5].partition(" (")[0], row[6]) for row in rows]
+        shown.append(_grid(result.title or result.name, HEADS, short))
         for name, table in result.tables.items():
             paper = result.paper.get(name) if like_paper else None
-            heads, rows = table_rows(name, table, model, paper)
-            shown.append(_grid(f"{result.name}: {name}", heads, rows))
+            heads, cells = table_rows(name, table, model, paper)
+            shown.append(_grid(f"{result.name}: {name}", heads, cells))
             if paper:
                 shown.append(Text(f"Paper: {CITATION}. {CAVEAT}", style="dim"))
         shown += [Text(line, style="yellow") for line in notes(result)]
@@ -103,12 +104,8 @@ def terminal(results: Sequence[SuiteResult], model: str, like_paper: bool) -> Re
 def _grid(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     for n, head in enumerate(heads):
-        table.add_column(head, justify="left" if n == 0 or head == "score" else "right")
+        left = n == 0 or head == "score"
+        table.add_column(head, justify="left" if left else "right", no_wrap=n == 0)
     for row in rows:
         table.add_row(*row)
     return table
-
-
-def labelled(part: PartResult) -> Mapping[str, Ranged]:
-    """metric -> main score."""
-    return {metric: next(iter(scores.values())) for metric, scores in part.metrics.items()}

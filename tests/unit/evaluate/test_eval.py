@@ -213,8 +213,10 @@ def test_failed_rewards_are_counted_and_left_out(place: Place) -> None:
 
 def test_the_same_outcome_everywhere_has_an_interval(place: Place) -> None:
     folder, _ = place.evaluate("a", lambda text: "wrong")
-    score = part(place.result(folder), "words").metrics["exact"]["score"]
+    result = place.result(folder)
+    score = part(result, "words").metrics["exact"]["score"]
     assert (score.value, score.low) == (0.0, 0.0) and 20 < score.high < 30  # Wilson, 0 of 12
+    assert result.tables["both"].columns["Words"].high == score.high
 
 
 def test_a_real_difference_and_none(tmp_path: Path) -> None:
