@@ -156,12 +156,13 @@ def _said(sample: Mapping[str, Any]) -> str:
 
 def _reading() -> str:
     return (
-        "<h2>How to read this</h2><p>Intervals: 95 % percentile bootstrap over items (1,000 resamples; all "
-        "answers to an item are drawn together), Wilson's for a score of 0 or 100, where all items are alike. "
-        "They hold what other items would change, not what other prompts would. An answer that knows nothing is scored "
-        "like the model: a score that is not above the best of them shows no skill. <b>released</b> is the "
-        "published scorer's arithmetic with its faults, <b>corrected</b> the task as it is meant; only the "
-        "former can be laid beside published figures. <b>cut</b>: answers ended by the length limit.</p>"
+        "<h2>How to read this</h2><p>Intervals: 95 % percentile bootstrap over items (1,000 resamples; "
+        "all answers to an item are drawn together), Wilson's for a score of 0 or 100, where all items "
+        "are alike. They hold what other items would change, not what other prompts would. An answer that "
+        "knows nothing is scored like the model: a score that is not above the best of them shows no "
+        "skill. <b>released</b> is the published scorer's arithmetic with its faults, <b>corrected</b> "
+        "the task as it is meant; only the former can be laid beside published figures. <b>cut</b>: "
+        "answers ended by the length limit.</p>"
     )
 
 

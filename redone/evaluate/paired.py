@@ -17,9 +17,9 @@ from redone.evaluate.resample import (
     RESAMPLES,
     interval,
     item_means,
-    mean_of,
     resampled,
     scores_of,
+    swapped,
     two_sided,
     weights,
 )
@@ -41,7 +41,7 @@ class Difference:
     b: float
     low: float  # 95 % interval of b - a
     high: float
-    test: str  # "McNemar" or "bootstrap"
+    test: str  # "McNemar" or "permutation"
     p: float
     adjusted: float = 1.0  # Holm's, over all rows of one comparison
 
@@ -50,6 +50,17 @@ class Difference:
         if self.adjusted < 0.05:
             return "B better" if self.b > self.a else "A better"
         return "unclear" if self.p >= 0.05 else "unclear (p < 0.05 only before correction)"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gap:
+    """One score of both, its resampled difference, and its difference by chance: [COMPARED] each."""
+
+    a: float
+    b: float
+    resampled: Floats
+    by_chance: Floats
+    n: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,16 +113,13 @@ def compare_suite(
 ) -> list[Difference]:
     """Not corrected yet. `warnings` grows."""
     found: list[Difference] = []
-    spreads: dict[str, tuple[float, float, Floats, int]] = {}
+    gaps: dict[str, Gap] = {}
+    sizes = [0, 0, 0]
     for part in suite.parts:
         a = {i: r for i, r in first.items() if r.part == part.id}
         b = {i: r for i, r in second.items() if r.part == part.id}
         common = sorted(a.keys() & b.keys())
-        if len(common) < max(len(a), len(b)):
-            warnings.append(
-                f"{suite.name}/{part.id}: {len(common)} items are in both, A has {len(a)}, B {len(b)}; only "
-                "the common ones are compared"
-            )
+        sizes = [total + len(found_in) for total, found_in in zip(sizes, (common, a, b), strict=True)]
         if not common:
             continue
         drawn = weights(part.id, len(common), COMPARED)
@@ -121,11 +129,17 @@ def compare_suite(
                 (make_measure(metric, n, cosine), stacked([of[i] for i in common], name))
                 for of, n in ((a, samples_a), (b, samples_b))
             ]
-            row, per_score = _differ(suite.name, f"{part.id} {name}", pair, drawn)
+            row, per_score = _differ(suite.name, part.id, name, pair, drawn)
             found.append(row)
-            spreads |= {f"{part.id}/{name}{score}": value for score, value in per_score.items()}
+            if not pair[0][0].partial:
+                gaps |= {f"{part.id}/{name}{score}": gap for score, gap in per_score.items()}
+    if sizes[0] < max(sizes[1:]):
+        warnings.append(
+            f"{suite.name}: A has {sizes[1]} items, B {sizes[2]}; only the {sizes[0]} that both have are "
+            "compared"
+        )
     for table, columns in suite.tables.items():
-        average = _average(suite.name, table, list(columns.values()), spreads)
+        average = _average(suite.name, table, list(columns.values()), gaps)
         found += [average] if average else []
     return found
 
@@ -141,49 +155,65 @@ def holm(rows: Sequence[Difference]) -> tuple[Difference, ...]:
 
 
 def _differ(
-    suite: str, what: str, pair: Sequence[tuple[Measure, Floats]], drawn: Floats
-) -> tuple[Difference, dict[str, tuple[float, float, Floats, int]]]:
-    """The main score's row, and for every score ("" for the main one) its values and resampled difference."""
+    suite: str, part: str, metric: str, pair: Sequence[tuple[Measure, Floats]], drawn: Floats
+) -> tuple[Difference, dict[str, Gap]]:
+    """The main score's row, and every score's gap ("" for the main one)."""
     (measure, numbers), (other, others) = pair
     values, values_b = scores_of(measure, numbers), scores_of(other, others)
     spread, spread_b = resampled(measure, numbers, drawn), resampled(other, others, drawn)
-    n = numbers.shape[1]
-    shared = [name for name in values if name in values_b]
-    scores = {f"/{name}": (values[name], values_b[name], spread_b[name] - spread[name], n) for name in shared}
-    a, b, gap, _ = scores[""] = scores[f"/{shared[0]}"]
-    low, high = interval(gap)
-    means = (item_means(measure, numbers), item_means(other, others))
-    if binary(means[0]) and binary(means[1]):
-        gained = int(np.sum(means[1] > means[0]))  # type: ignore[operator]
-        lost = int(np.sum(means[1] < means[0]))  # type: ignore[operator]
-        test, p = "McNemar", mcnemar_exact(gained, lost)
+    chance = swapped(measure, numbers, others, part, len(drawn))
+    gaps = {
+        f"/{name}": Gap(
+            a=values[name],
+            b=values_b[name],
+            resampled=spread_b[name] - spread[name],
+            by_chance=chance[name],
+            n=numbers.shape[1],
+        )
+        for name in values
+        if name in values_b
+    }
+    main = gaps[""] = next(iter(gaps.values()))
+    means, means_b = item_means(measure, numbers), item_means(other, others)
+    if means is not None and means_b is not None and binary(means) and binary(means_b):
+        test, p = "McNemar", mcnemar_exact(int(np.sum(means_b > means)), int(np.sum(means_b < means)))
     else:
-        test, p = "bootstrap", two_sided(gap)
-    return Difference(suite=suite, what=what, n=n, a=a, b=b, low=low, high=high, test=test, p=p), scores
+        test, p = "permutation", two_sided(main.b - main.a, main.by_chance)
+    what = f"{part} {metric}" + (" (partial)" if measure.partial else "")
+    return _row(suite, what, main, test, p), gaps
 
 
-def binary(means: Floats | None) -> bool:
-    return means is not None and bool(np.isin(means, (0.0, 1.0)).all())
+def _row(suite: str, what: str, gap: Gap, test: str, p: float) -> Difference:
+    low, high = interval(gap.resampled)
+    return Difference(
+        suite=suite, what=what, n=gap.n, a=gap.a, b=gap.b, low=low, high=high, test=test, p=p
+    )  # fmt: skip
+
+
+def binary(means: Floats) -> bool:
+    return bool(np.isin(means, (0.0, 1.0)).all())
 
 
 def _average(
-    suite: str,
-    table: str,
-    columns: Sequence[Sequence[str]],
-    spreads: Mapping[str, tuple[float, float, Floats, int]],
+    suite: str, table: str, columns: Sequence[Sequence[str]], gaps: Mapping[str, Gap]
 ) -> Difference | None:
-    """Of the columns whose every score both evaluations have; None for fewer than two."""
-    full = [names for names in columns if all(name in spreads for name in names)]
+    """Of the columns whose every score both evaluations have in full; None for fewer than two."""
+    full = [_mean([gaps[n] for n in names]) for names in columns if all(name in gaps for name in names)]
     if len(full) < 2:
         return None
-    a, b = (float(np.mean([np.mean([spreads[n][k] for n in names]) for names in full])) for k in (0, 1))
-    gaps = {str(i): mean_of({n: spreads[n][2] for n in names}) for i, names in enumerate(full)}
-    gap = mean_of(gaps)
-    low, high = interval(gap)
-    n = sum(spreads[name][3] for names in full for name in names)
-    what = f"{table}: {AVERAGE} of {len(full)} columns"
-    return Difference(
-        suite=suite, what=what, n=n, a=a, b=b, low=low, high=high, test="bootstrap", p=two_sided(gap)
+    gap = _mean(full)
+    p = two_sided(gap.b - gap.a, gap.by_chance)
+    return _row(suite, f"{table}: {AVERAGE} of {len(full)} columns", gap, "permutation", p)
+
+
+def _mean(gaps: Sequence[Gap]) -> Gap:
+    """Of scores whose items are drawn independently, or are the same items drawn together."""
+    return Gap(
+        a=float(np.mean([gap.a for gap in gaps])),
+        b=float(np.mean([gap.b for gap in gaps])),
+        resampled=np.mean([gap.resampled for gap in gaps], axis=0),
+        by_chance=np.mean([gap.by_chance for gap in gaps], axis=0),
+        n=sum(gap.n for gap in gaps),
     )
 
 

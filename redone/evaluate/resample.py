@@ -14,8 +14,7 @@ RESAMPLES = 1000
 
 def weights(part: str, items: int, resamples: int = RESAMPLES) -> Floats:
     """[resamples, items] how often each item is drawn. The same for two models on the same part and items."""
-    digest = hashlib.blake2b(f"{part}/{items}".encode(), digest_size=8).digest()
-    rng = np.random.default_rng(int.from_bytes(digest, "little"))
+    rng = _generator(part, items)
     return rng.multinomial(items, np.full(items, 1 / items), size=resamples).astype(np.float64)
 
 
@@ -48,11 +47,29 @@ def interval(values: Floats) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def two_sided(differences: Floats) -> float:
-    """p of no difference, with one imaginary resample on each side, so that it is never 0."""
-    kept = differences[np.isfinite(differences)]
-    tail = min(int((kept <= 0).sum()), int((kept >= 0).sum()))
-    return min(1.0, 2 * (tail + 1) / (len(kept) + 1))
+def swapped(measure: Measure, first: Floats, second: Floats, part: str, resamples: int) -> dict[str, Floats]:
+    """Score -> [resamples] second - first after each item's answers changed sides by a coin: what the
+    difference would be if the two did not differ. Valid for few items too, where a bootstrap is not."""
+    a, b = measure.replicates(first), measure.replicates(second)
+    if a.shape != b.shape:  # another number of samples: each item's mean stands for it
+        a, b = a.mean(axis=0, keepdims=True), b.mean(axis=0, keepdims=True)
+    coins = _generator(f"coins/{part}", a.shape[1]).integers(0, 2, size=(resamples, a.shape[1])).astype(float)
+    names = list(scores_of(measure, first))
+    values = np.zeros((len(names), resamples))
+    for left, right in zip(a, b, strict=True):
+        moved = coins @ (right - left)
+        for sign, sums in ((1.0, right.sum(axis=0) - moved), (-1.0, left.sum(axis=0) + moved)):
+            for n, row in enumerate(sums.tolist()):
+                found = measure.finish(row)
+                for at, name in enumerate(names):
+                    values[at, n] += sign * found.get(name, np.nan) / len(a)
+    return dict(zip(names, values, strict=True))
+
+
+def two_sided(difference: float, by_chance: Floats) -> float:
+    """Share of differences by chance that are as large, the seen one among them: never 0."""
+    kept = by_chance[np.isfinite(by_chance)]
+    return float((1 + int((np.abs(kept) >= abs(difference) - 1e-9).sum())) / (len(kept) + 1))
 
 
 def item_means(measure: Measure, numbers: Floats) -> Floats | None:
@@ -68,3 +85,8 @@ def item_means(measure: Measure, numbers: Floats) -> Floats | None:
 def mean_of(arrays: Mapping[str, Floats]) -> Floats:
     """[resamples] of a plain mean over columns whose items are drawn independently."""
     return np.asarray(np.stack(list(arrays.values())).mean(axis=0), dtype=np.float64)
+
+
+def _generator(name: str, items: int) -> np.random.Generator:
+    digest = hashlib.blake2b(f"{name}/{items}".encode(), digest_size=8).digest()
+    return np.random.default_rng(int.from_bytes(digest, "little"))

@@ -220,12 +220,12 @@ def test_the_same_outcome_everywhere_has_an_interval(place: Place) -> None:
 
 
 def test_a_real_difference_and_none(tmp_path: Path) -> None:
-    place = Place(tmp_path, items=60)
+    place = Place(tmp_path, items=120)
     a, _ = place.evaluate("a", lambda text: "yes" if "q" in text else "[]")
     b, _ = place.evaluate("b", no, model={"path": "/models/b", "fingerprint": "bbb"})
     found = {row.what: row for row in compare_folders(a, b).differences}
     words = found["words exact"]
-    assert (words.n, words.test, words.verdict) == (60, "McNemar", "B better")
+    assert (words.n, words.test, words.verdict) == (120, "McNemar", "B better")
     assert words.b - words.a == pytest.approx(100 / 3) and words.low <= 100 / 3 <= words.high
     assert words.p < words.adjusted < 0.05
     assert (
@@ -245,6 +245,17 @@ def test_chance_alone_gives_few_verdicts() -> None:
     assert holm([replace(base, p=0.001), *[base] * 19])[0].verdict == "B better"
     two = holm([replace(base, p=0.02), replace(base, p=0.03)])
     assert [row.adjusted for row in two] == pytest.approx([0.04, 0.04])
+
+
+def test_few_items_prove_nothing(place: Place) -> None:
+    """Four lists, all of them better: by a coin per item that happens once in eight, whatever the scores."""
+    golds = {item.row["question"]: str(item.prompt.reference) for item in place.items}
+    a, _ = place.evaluate("a", lambda text: "['nothing of this']")
+    b, _ = place.evaluate("b", lambda text: golds.get(text.rpartition(": ")[2], "no"))
+    found = {row.what: row for row in compare_folders(a, b).differences}
+    lists = found["lists released"]
+    assert (lists.a, lists.test) == (0.0, "permutation") and lists.b == pytest.approx(100, abs=0.01)
+    assert lists.p == pytest.approx(1 / 8, abs=0.015) and lists.verdict == "unclear"
 
 
 def test_comparisons_that_make_no_sense_are_refused(place: Place) -> None:
@@ -267,7 +278,7 @@ def test_a_comparison_says_what_else_differs(place: Place) -> None:
     lines = b.file("toy").read_text().splitlines(keepends=True)
     b.file("toy").write_text("".join(lines[:-1]))
     warnings = " ".join(compare_folders(a, b).warnings)
-    assert "temperature differs: 0.0 in A, 1.0 in B" in warnings and "only the common ones" in warnings
+    assert "temperature differs: 0.0 in A, 1.0 in B" in warnings and "only the 15 that both have" in warnings
 
 
 def test_samples_are_averaged_and_drawn_together(place: Place) -> None:
