@@ -18,8 +18,9 @@ EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 
 
-def parser(planning: bool = False) -> argparse.ArgumentParser:
-    """The command line, with a function `run(args) -> exit code` behind every subcommand."""
+def parser(words: Sequence[str] = ()) -> argparse.ArgumentParser:
+    """The command line, with a function `run(args) -> exit code` behind every subcommand. Subcommands with
+    many options add them only when `words` names them."""
     top = argparse.ArgumentParser(
         prog="redone", description="Post-training of large language models for a domain."
     )
@@ -32,6 +33,13 @@ def parser(planning: bool = False) -> argparse.ArgumentParser:
     run.add_argument("overrides", nargs="*", metavar="a.b=c", help="override a key of the configuration")
     run.add_argument("--resume", type=Path, metavar="RUN_FOLDER", help="go on with an interrupted run")
     run.set_defaults(run=_run)
+
+    evaluate = commands.add_parser("eval", help="score a model on benchmark suites; compare two such results")
+    if "eval" in words[:2]:
+        from redone_launcher.eval import add_eval_arguments
+
+        add_eval_arguments(evaluate)
+    evaluate.set_defaults(run=_eval)
 
     data = commands.add_parser("data", help="prepare, fetch and audit data").add_subparsers(
         metavar="ACTION", required=True
@@ -59,7 +67,7 @@ def parser(planning: bool = False) -> argparse.ArgumentParser:
     doctor.set_defaults(run=_doctor)
 
     plan = commands.add_parser("plan", help="memory, predicted step time, and layouts that fit; runs nothing")
-    if planning:  # its choices come from the planner's tables, which take time to import
+    if "plan" in words[:2]:  # its choices come from the planner's tables, which take time to import
         from redone_launcher.plan import add_plan_arguments
 
         add_plan_arguments(plan)
@@ -77,10 +85,21 @@ def parser(planning: bool = False) -> argparse.ArgumentParser:
     return top
 
 
+def parse(words: Sequence[str]) -> argparse.Namespace:
+    """The arguments. argparse takes free words (a.b=c) in one place only; here they may stand anywhere."""
+    top = parser(words)
+    args, rest = top.parse_known_args(words)
+    if rest and (not hasattr(args, "words") or any(word.startswith("-") for word in rest)):
+        top.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        args.words += rest
+    return args
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point. Exit codes: 0 done, 1 a check failed, 2 an error the user can act on, 130 interrupted."""
     words = list(sys.argv[1:] if argv is None else argv)
-    args = parser(planning="plan" in words[:2]).parse_args(words)
+    args = parse(words)
     logging.getLogger().addHandler(logging.NullHandler())  # nothing of ours goes to stderr unasked
     try:
         code: int = args.run(args)
@@ -118,6 +137,12 @@ def _plan(args: argparse.Namespace) -> int:
     from redone_launcher.plan import options_of, plan_command
 
     return plan_command(args.config, args.overrides, options_of(args))
+
+
+def _eval(args: argparse.Namespace) -> int:
+    from redone_launcher.eval import eval_command
+
+    return eval_command(args)
 
 
 def _data_prepare(args: argparse.Namespace) -> int:

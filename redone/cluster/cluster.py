@@ -27,9 +27,15 @@ log = logging.getLogger(__name__)
 
 
 class RayCluster:
-    """redone.api.Cluster. Trainer and engine start-up overlap: both are bound by imports."""
+    """redone.api.Cluster. Trainer and engine start-up overlap: both are bound by imports.
 
-    def __init__(self, cfg: Config, log_dir: Path, status: Callable[[str], None] = log.info) -> None:
+    `train=False` starts the engines alone (evaluation): trainers() is then not there.
+    """
+
+    def __init__(
+        self, cfg: Config, log_dir: Path, status: Callable[[str], None] = log.info, *, train: bool = True
+    ) -> None:
+        self._train = train
         self.cfg, self.log_dir = cfg, log_dir
         self._fleet: RayEngineFleet | None = None
         self._group: RayTrainerGroup | None = None
@@ -62,11 +68,19 @@ class RayCluster:
         ]
         trainers = [
             self._spawn(TrainerActor, f"trainer rank {r}", f"trainer-{r}", seat, r)
-            for r, seat in enumerate(trainer_seats(cfg))
+            for r, seat in enumerate(trainer_seats(cfg) if self._train else [])
         ]
         self._peers = [*trainers, *engines]
         status(f"starting {len(trainers)} trainer rank(s) and {len(engines)} engine(s)")
         engine_refs = [e.handle.start.remote() for e in engines]
+        if self._train:
+            self._start_trainers(trainers, timeout)
+        status("waiting for the engine" if not self._train else "trainer ready, waiting for the engine")
+        engine_infos = join(engines, engine_refs, "start", timeout, EngineError)
+        self._remember_pids()
+        self._fleet = RayEngineFleet(cfg, engines, engine_infos)
+
+    def _start_trainers(self, trainers: list[Peer], timeout: float) -> None:
         addresses = join(
             trainers, [t.handle.prepare.remote() for t in trainers], "prepare", timeout, TrainerError
         )
@@ -74,11 +88,7 @@ class RayCluster:
         infos = join(
             trainers, [t.handle.start.remote(init) for t in trainers], "start", timeout, TrainerError
         )
-        status("trainer ready, waiting for the engine")
-        engine_infos = join(engines, engine_refs, "start", timeout, EngineError)
-        self._remember_pids()
-        self._fleet = RayEngineFleet(cfg, engines, engine_infos)
-        self._group = RayTrainerGroup(cfg, trainers, infos, self.location)
+        self._group = RayTrainerGroup(self.cfg, trainers, infos, self.location)
 
     def _remember_pids(self) -> None:
         refs = [p.handle.pid.remote() for p in self._peers]
@@ -97,10 +107,11 @@ class RayCluster:
 
     def close(self, graceful: bool = False) -> None:
         """Graceful: actors say goodbye first. Otherwise they are killed, since a rank may hang."""
-        if graceful and self._fleet and self._group:
+        if graceful:
             for part in (self._fleet, self._group):
                 try:
-                    part.close()
+                    if part is not None:
+                        part.close()
                 except (RedoneError, RayError) as error:
                     log.warning("while closing: %s", error)
         for peer in self._peers:

@@ -48,16 +48,20 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     inside the
     configuration stay as written; relations between sections are checked by check.check_config.
     """
-    tree = _read(Path(path), ())
+    return build_config(_read(Path(path), ()), overrides, str(path))
+
+
+def build_config(tree: Mapping[str, Any], overrides: Sequence[str], source: str) -> Config:
+    """`tree` with `a.b=c` overrides on it, validated. Raises ConfigError."""
     merged = _merge(tree, _parse_overrides(overrides))
     try:
         resolved = OmegaConf.to_container(OmegaConf.create(merged), resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         key = error.full_key or "?"
         raise ConfigError(
-            f"{path}: cannot resolve {key}: {_first_line(error)}; set it in the file"
+            f"{source}: cannot resolve {key}: {_first_line(error)}; set it in the file"
         ) from error
-    return config_from_dict(cast(dict[str, Any], resolved), str(path))
+    return config_from_dict(cast(dict[str, Any], resolved), source)
 
 
 def config_from_dict(values: Mapping[str, Any], source: str = "configuration") -> Config:

@@ -12,14 +12,15 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from redone.config.schema import ExactReward
-from redone.evaluate.released import Row, Scores
+from redone.evaluate.released import Row, Scores, edit_distance
 from redone.evaluate.released_mrc import closeness, normalise, results
 from redone.reward.exact import parse_list
 from redone.reward.extract import normalise as fold_answer
+from redone.reward.metric import rouge
+from redone.reward.segment import has_han
 
 ItemScorer = Callable[[str, Row], float]
-_EXACT = ExactReward()
+ROUGE_L = rouge("rougeL")
 LEVELS = ("-1", "0", "1", "2", "3")
 
 
@@ -75,6 +76,28 @@ def options(prediction: str, row: Row) -> float:
     return 2 * hits / (len(found) + len(gold))
 
 
+def sentences(prediction: str, row: Row) -> float:
+    """MRC-simple: ROUGE-L of the sentences found and the gold ones; [] is right iff the gold is empty.
+
+    A list of the whole note gains in recall what it loses in precision; what is no list is wrong. The
+    released ROUGE-L counts a repeated word once, so that repetition costs nothing there; here it does.
+    """
+    listed = parse_list(prediction[prediction.find("[") : prediction.rfind("]") + 1])
+    if listed is None:
+        return 0.0
+    found, gold = ("\n".join(texts).strip() for texts in (listed, row["answer"]))
+    if not found or not gold or found == gold:
+        return float(found == gold)
+    return ROUGE_L(found, gold, has_han(gold))
+
+
+def query(prediction: str, row: Row) -> float:
+    """QueryGen: similarity by edit distance, case and outer punctuation aside; a stand-in for judgement."""
+    found, gold = _plain(prediction), _plain(row["answer"])
+    longest = max(len(found), len(gold))
+    return 1.0 - edit_distance(found, gold) / longest if longest else 1.0
+
+
 def set_f1(found: Sequence[str], gold: set[str]) -> float:
     """1 iff both are empty when one is; 0 for more than twice as many as there are."""
     if not gold or not found:
@@ -92,30 +115,34 @@ CORRECTED: dict[str, ItemScorer] = {
     "Note-Hashtag-multiple": labels,
     "Note-QueryCorr-explain": single,
     "Note-QueryCorr-topic": level,
+    "Note-MRC-simple": sentences,
     "Note-MRC-complex": options,
     "Note-NER": labels,
     "Note-Gender": single,
     "Note-CHLW": word_list,
+    "Note-QueryGen": query,
 }
 
 
 def corrected(file: str, predictions: Sequence[str], rows: Sequence[Row]) -> Scores:
     """{"corrected": mean, "corrected-balanced": mean of empty and non-empty golds} of one file, 0-100.
 
-    Balanced is what a constant [] cannot lift above 50: it is given where the file has empty golds. Raises
-    KeyError for the two generative files, which have no corrected reading yet.
+    Balanced is what a constant [] cannot lift above 50: it is given where the file has empty golds.
     """
     score = CORRECTED[file]
     values = [score(p, row) for p, row in zip(predictions, rows, strict=True)]
     found = {"corrected": 100 * float(np.mean(values))}
-    empty = [_is_empty(file, row) for row in rows]
+    empty = [has_empty_gold(file, row) for row in rows]
     if any(empty) and not all(empty):
         halves = [[v for v, e in zip(values, empty, strict=True) if e is wanted] for wanted in (True, False)]
         found["corrected-balanced"] = 100 * float(np.mean([np.mean(half) for half in halves]))
     return found
 
 
-def _is_empty(file: str, row: Row) -> bool:
+def has_empty_gold(file: str, row: Row) -> bool:
+    """Nothing is to be found: what a constant empty answer gets right."""
+    if file == "Note-MRC-simple":
+        return not any(sentence.strip() for sentence in row["answer"])
     if file == "Note-CHLW":
         return parse_list(row["answer"]) == []
     return file == "Note-MRC-complex" and results(row["answer"]) == []
