@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from redone.types import (
     Batch,
+    CanaryReading,
     Completion,
     FloatArray,
     Policy,
@@ -32,6 +33,10 @@ class Trainer(Protocol):
     def logprobs(self, shard: Shard, policy: Policy, temperature: float) -> list[FloatArray] | None:
         """One [N] fp32 array per micro-batch, in row order; None on ranks without output (all but
         TP rank 0 of the last pipeline stage)."""
+
+    def streams(self, shard: Shard) -> dict[str, FloatArray] | None:
+        """The residual stream of a shard of one sequence: point (weights.layers) -> [tokens, hidden] fp32 of
+        this rank's layers. None on ranks that repeat others or hold no part of the sequence."""
 
     def update(self, shard: Shard, algorithm: AlgorithmConfig) -> UpdateReport:
         """One optimizer step over the whole shard. Raises TrainerError on a non-finite loss."""
@@ -72,6 +77,14 @@ class Engine(Protocol):
     async def score(self, sequences: Sequence[Sequence[int]]) -> list[FloatArray]:
         """[len - 1] fp32 raw log-probabilities (temperature 1) of tokens 1.. of each sequence."""
 
+    async def canary(self, sequences: Sequence[Sequence[int]], probe: Sequence[int]) -> CanaryReading:
+        """score(sequences), and a few tokens written behind `probe` with the prefix cache in use: whatever
+        the cache holds from an earlier canary must agree with the weights."""
+
+    async def streams(self, sequence: Sequence[int], cached: bool) -> dict[str, FloatArray]:
+        """The residual stream of `sequence`: point (weights.layers) -> [k, hidden] fp32 of its last k tokens
+        (all of them unless `cached` lets the prefix cache stand in). EngineError when it cannot be read."""
+
     async def begin_update(self, plan: WeightPlan) -> None:
         """Pause generation (requests are kept), refuse a plan whose hash differs from the first one."""
 
@@ -111,7 +124,8 @@ class TrainerGroup(Protocol):
         """In place, digest-checked, all engines or none; then the canary. Returns the sync/* metrics."""
 
     def check_canary(self, engines: EngineFleet, version: int) -> dict[str, float]:
-        """Fixed prompts, trainer against every engine: SyncError above weights.canary.tolerance."""
+        """Fixed prompts, trainer against every engine: SyncError above weights.canary.tolerance, which names
+        the first diverging layer."""
 
     def awake(self) -> AbstractContextManager[None]: ...
 
@@ -129,6 +143,12 @@ class EngineFleet(Protocol):
 
     def score(self, sequences: Sequence[Sequence[int]]) -> list[list[FloatArray]]:
         """result[e][i]: engine e's log-probabilities of sequence i."""
+
+    def canary(self, sequences: Sequence[Sequence[int]], probe: Sequence[int]) -> list[CanaryReading]:
+        """One reading per engine."""
+
+    def streams(self, engine: int, sequence: Sequence[int], cached: bool) -> dict[str, FloatArray]:
+        """Engine.streams of one engine."""
 
     def load(self, plan: WeightPlan, buckets: Sequence[WeightBucket], version: int) -> None: ...
 

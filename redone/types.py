@@ -253,6 +253,15 @@ class UpdateReport:
     metrics: Mapping[str, float]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class CanaryReading:
+    """What one engine says about the canary's tokens, at temperature 1."""
+
+    scores: tuple[FloatArray, ...]  # per sequence [len - 1], computed from scratch
+    probe_ids: IntArray  # [k] what it wrote behind the probe prompt, whose prefix it may have cached
+    probe_logprobs: FloatArray  # [k]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorMeta:
     """A Hugging Face tensor in the flat weight space."""

@@ -214,6 +214,9 @@ class RolloutConfig(Section):
     replicas: int = Field(1, ge=1, description="Engines.")
     tensor_model_parallel_size: int = Field(1, ge=1, description="Ranks of one engine.")
     gpu_memory_utilization: float = Field(0.7, gt=0, le=1, description="Share of GPU memory for one engine.")
+    max_engine_restarts: int = Field(
+        3, ge=0, description="Engines that died and were started again, per run, before the run ends."
+    )
     max_failed_share: float = Field(
         0.05, ge=0, le=1, description="Share of rollouts whose reward may fail per step."
     )
@@ -324,6 +327,12 @@ class ClusterConfig(Section):
     device: Literal["cpu", "cuda"] = Field("cpu", description="Where trainers and engines run.")
     nodes: int = Field(1, ge=1, description="Nodes.")
     gpus_per_node: int = Field(1, ge=1, description="Trainer ranks per node (on CPU: processes).")
+    health_timeout_s: float = Field(
+        45.0,
+        ge=1,
+        description="A process without a sign of life for so long is ended: a trainer rank ends the run, an "
+        "engine is started again.",
+    )
     ray: RayConfig = RayConfig()
 
     @property

@@ -38,9 +38,10 @@ from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 from vllm.v1.engine.llm_engine import LLMEngine
 
 from redone.config.schema import Config
+from redone.engine.capture import CaptureExtension
 from redone.engine.loop import LoopThread
-from redone.engine.rollout import START_FAILURES, EngineDied, RolloutEngine
-from redone.errors import EngineError, SyncError
+from redone.engine.rollout import START_FAILURES, RolloutEngine
+from redone.errors import EngineDied, EngineError, SyncError
 from redone.types import Completion, Finish, FloatArray, Sampling, VersionSpan, WeightBucket
 from redone.weights.channel import ShmReader
 from redone.weights.digest import verify
@@ -126,7 +127,7 @@ if BACKEND not in WeightTransferEngineFactory._registry:
     WeightTransferEngineFactory.register_engine(BACKEND, ShmTransferEngine)
 
 
-class WorkerExtension:
+class WorkerExtension(CaptureExtension):
     """Methods that vLLM mixes into its worker class, in every worker process.
 
     They take plain values and return error texts, because exceptions lose their type between processes.

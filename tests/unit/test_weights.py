@@ -213,7 +213,7 @@ def _scores(*rows: list[float]) -> list[np.ndarray]:
 def test_canary_reports_the_largest_and_mean_difference() -> None:
     trainer = _scores([-1.0, -2.0], [-3.0])
     close = _scores([-1.0, -2.0005], [-3.0])
-    metrics = compare_canary(trainer, [trainer, close], tolerance=1e-3, version=4)
+    metrics = compare_canary([trainer, trainer], [trainer, close], tolerance=1e-3, version=4)
     assert metrics["sync/canary_max_abs_diff"] == pytest.approx(5e-4, rel=1e-3)
     assert metrics["sync/canary_mean_abs_diff"] == pytest.approx(5e-4 / 6, rel=1e-3)
 
@@ -226,12 +226,12 @@ def test_canary_names_engine_prompt_token_values_and_tolerance(bad: float) -> No
         rf"version 4: engine 1 .*prompt 1, token 2: trainer -2\.0+, engine {bad:.6f},.*tolerance=0\.001"
     )
     with pytest.raises(SyncError, match=expected):
-        compare_canary(trainer, [trainer, wrong], tolerance=1e-3, version=4)
+        compare_canary([trainer, trainer], [trainer, wrong], tolerance=1e-3, version=4)
 
 
 def test_canary_refuses_missing_scores() -> None:
     trainer = _scores([-1.0, -2.0])
     with pytest.raises(SyncError, match="scored 1 tokens of prompt 0, the trainer 2"):
-        compare_canary(trainer, [_scores([-1.0])], tolerance=1.0, version=1)
+        compare_canary([trainer], [_scores([-1.0])], tolerance=1.0, version=1)
     with pytest.raises(SyncError, match="no engine scored anything"):
-        compare_canary(trainer, [], tolerance=1.0, version=1)
+        compare_canary([], [], tolerance=1.0, version=1)

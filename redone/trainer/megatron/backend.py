@@ -23,6 +23,7 @@ from redone.trainer.megatron.export import Exporter, write_folder
 from redone.trainer.megatron.model import build_module, transformer_config, wrap
 from redone.trainer.megatron.names import hf_tensors
 from redone.trainer.megatron.step import forward_backward, forward_logprobs
+from redone.trainer.megatron.streams import residual_streams
 from redone.types import FloatArray, Policy, Shard, UpdateReport, WeightBucket, WeightPlan
 from redone.weights.channel import ShmWriter
 from redone.weights.digest import digest
@@ -109,6 +110,16 @@ class MegatronTrainer:
             return forward_logprobs(self.model, shard, temperature)
         finally:
             self._swap_reference()
+
+    @on_device
+    def streams(self, shard: Shard) -> dict[str, FloatArray] | None:
+        """See redone.api."""
+        return residual_streams(
+            self.module,
+            shard,
+            lambda: forward_logprobs(self.model, shard, 1.0),
+            self.config.sequence_parallel,
+        )
 
     @on_device
     def update(self, shard: Shard, algorithm: AlgorithmConfig) -> UpdateReport:
