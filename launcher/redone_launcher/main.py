@@ -65,6 +65,14 @@ def parser(planning: bool = False) -> argparse.ArgumentParser:
         add_plan_arguments(plan)
     plan.set_defaults(run=_plan)
 
+    replay = commands.add_parser(
+        "replay", help="run a saved batch again (record.save_batches) and print the differences"
+    )
+    replay.add_argument("folder", type=Path, metavar="RUN_FOLDER")
+    replay.add_argument("--step", type=int, required=True, help="step whose batch is run again")
+    replay.add_argument("overrides", nargs="*", metavar="a.b=c", help="override a key of the configuration")
+    replay.set_defaults(run=_replay)
+
     report = commands.add_parser("report", help="write a run folder's report.html again")
     report.add_argument("folder", type=Path, metavar="RUN_FOLDER")
     report.set_defaults(run=_report)
@@ -118,6 +126,12 @@ def _plan(args: argparse.Namespace) -> int:
     from redone_launcher.plan import options_of, plan_command
 
     return plan_command(args.config, args.overrides, options_of(args))
+
+
+def _replay(args: argparse.Namespace) -> int:
+    from redone_launcher.replay import replay_command
+
+    return replay_command(args.folder, args.step, list(args.overrides))
 
 
 def _data_prepare(args: argparse.Namespace) -> int:

@@ -35,8 +35,10 @@ class RayCluster:
         log_dir: Path,
         status: Callable[[str], None] = log.info,
         phase: Callable[[], str] = lambda: "run",
+        with_engines: bool = True,
     ) -> None:
         """status: shows a line to the user. phase: what the run is doing, for messages."""
+        self._replicas = cfg.rollout.replicas if with_engines else 0
         self.cfg, self.log_dir, self._status = cfg, log_dir, status
         self._fleet: RayEngineFleet | None = None
         self._group: RayTrainerGroup | None = None
@@ -65,7 +67,7 @@ class RayCluster:
 
     def _start(self, status: Callable[[str], None]) -> None:
         cfg, timeout = self.cfg, self.cfg.cluster.ray.start_timeout_s
-        engines = [self._spawn_engine(i) for i in range(cfg.rollout.replicas)]
+        engines = [self._spawn_engine(i) for i in range(self._replicas)]
         trainers = [
             self._spawn(TrainerActor, f"trainer rank {r}", f"trainer-{r}", seat, r)
             for r, seat in enumerate(trainer_seats(cfg))
@@ -80,7 +82,8 @@ class RayCluster:
         infos = join(
             trainers, [t.handle.start.remote(init) for t in trainers], "start", timeout, TrainerError
         )
-        status("trainer ready, waiting for the engine")
+        if engines:
+            status("trainer ready, waiting for the engine")
         engine_infos = join(engines, engine_refs, "start", timeout, EngineError)
         self._remember_pids(self._peers)
         self._fleet = RayEngineFleet(cfg, engines, engine_infos, self._start_again, self._alarm)

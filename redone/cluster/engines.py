@@ -69,7 +69,7 @@ class RayEngineFleet:
         self._reviving: dict[int, Future[None]] = {}
         self._lost: BaseException | None = None  # why an engine could not be replaced
         self._lock = threading.Lock()
-        self._threads = ThreadPoolExecutor(len(peers), thread_name_prefix="revive")
+        self._threads = ThreadPoolExecutor(max(1, len(peers)), thread_name_prefix="revive")
 
     def _call(self, method: str, *args: Any, only: Sequence[int] | None = None) -> list[Any]:
         """One method on every engine (or those of `only`); engines that die are replaced and asked again."""

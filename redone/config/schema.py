@@ -345,6 +345,12 @@ class RecordConfig(Section):
         ("console", "jsonl", "tensorboard"), description="Where metrics go."
     )
     samples_per_step: int = Field(4, ge=0, description="Rollouts written per step.")
+    save_batches: int = Field(
+        0,
+        ge=0,
+        description="Keep every n-th step's batch and the trainer's state before it, for `redone replay`; 0: "
+        "none. Each costs the size of a checkpoint.",
+    )
     project: str = Field("redone", description="Project name for W&B / experiment for MLflow.")
 
 
