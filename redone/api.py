@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -46,8 +46,9 @@ class Trainer(Protocol):
 
     def weight_plan(self, bucket_bytes: int) -> WeightPlan: ...
 
-    def publish(self, location: str, version: int) -> tuple[WeightBucket, ...] | None:
-        """Collective: gather, rename, write every bucket into the channel; rank 0 returns the buckets."""
+    def publish(self, location: str, version: int) -> Iterator[WeightBucket]:
+        """Collective generator, to be exhausted on every rank: gather, rename, write bucket after bucket into
+        the channel; rank 0 gets each one as soon as it is written, the others get none."""
 
     def save(self, path: str) -> None: ...
 
@@ -150,7 +151,8 @@ class EngineFleet(Protocol):
     def streams(self, engine: int, sequence: Sequence[int], cached: bool) -> dict[str, FloatArray]:
         """Engine.streams of one engine."""
 
-    def load(self, plan: WeightPlan, buckets: Sequence[WeightBucket], version: int) -> None: ...
+    def load(self, plan: WeightPlan, buckets: Iterable[WeightBucket], version: int) -> None:
+        """Load every bucket as it comes, then commit on all engines or none."""
 
     def awake(self, what: Awake = "all") -> AbstractContextManager[None]: ...
 

@@ -293,3 +293,9 @@ class WeightBucket:
         str  # channel's address, e.g. the path of a shared-memory file that holds the whole weight space
     )
     digests: tuple[int, ...]  # xxh3_64 of each tensor's bytes, in plan order
+    # Delta updates: an engine that holds version `base` completely may leave out the tensors `unchanged`
+    # (indices within the bucket); their bytes are there all the same. None: load everything.
+    base: int | None = None
+    unchanged: tuple[int, ...] = ()
+    written: int = 0  # bytes that this publication wrote for the bucket
+    gathered: int = 0  # bytes that rank 0 received from other ranks for it

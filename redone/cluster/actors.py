@@ -7,6 +7,7 @@ import logging
 import os
 import socket
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 from redone.cluster.health import Pulse
@@ -62,6 +63,17 @@ class TrainerActor:
         result = getattr(self.trainer, method)(*args)
         self.pulse.event(f"{method} ended")
         return result
+
+    def stream(self, method: str, *args: Any) -> Iterator[Any]:
+        """A generator method, item by item."""
+        self.pulse.event(f"{method} began")
+        yield from getattr(self.trainer, method)(*args)
+        self.pulse.event(f"{method} ended")
+
+    def exhaust(self, method: str, *args: Any) -> None:
+        """The same on a rank that has nothing to say."""
+        for _ in self.stream(method, *args):
+            pass
 
     def pid(self) -> int:
         return os.getpid()

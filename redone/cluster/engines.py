@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -89,16 +89,22 @@ class RayEngineFleet:
         self._settle()
         asked = [(e, self.peers[e]) for e in engines]
         refs = [peer.handle.call.remote(method, *args) for _, peer in asked]
-        lost = []
-        for (engine, peer), ref in zip(asked, refs, strict=True):
-            try:
-                results[engine] = ray.get(ref, timeout=self.cfg.trainer.timeout_s)
-            except RayError as error:
-                if not died(error):
-                    raise explain(peer, method, error, EngineError) from None
-                log.warning("%s", explain(peer, method, error, EngineError))
-                lost.append((engine, peer))
-        return lost
+        return [
+            (engine, peer)
+            for (engine, peer), ref in zip(asked, refs, strict=True)
+            if not self._collect(engine, peer, ref, method, results)
+        ]
+
+    def _collect(self, engine: int, peer: Peer, ref: Any, method: str, results: dict[int, Any]) -> bool:
+        """Whether the engine answered (into `results`); False when it died. Raises on any other failure."""
+        try:
+            results[engine] = ray.get(ref, timeout=self.cfg.trainer.timeout_s)
+        except RayError as error:
+            if not died(error):
+                raise explain(peer, method, error, EngineError) from None
+            log.warning("%s", explain(peer, method, error, EngineError))
+            return False
+        return True
 
     def _settle(self) -> None:
         """Wait for engines that are being replaced. Raises what made that impossible."""
@@ -191,19 +197,31 @@ class RayEngineFleet:
         found: dict[str, FloatArray] = self._call("streams", sequence, cached, only=[engine])[0]
         return found
 
-    def load(self, plan: WeightPlan, buckets: Sequence[WeightBucket], version: int) -> None:
-        """Engines stay paused until every one has committed; a failure raises and leaves them paused.
+    def load(self, plan: WeightPlan, buckets: Iterable[WeightBucket], version: int) -> None:
+        """Engines load a bucket while the trainer gathers the next one, and stay paused until every one has
+        committed; a failure raises and leaves them paused.
 
         An engine that dies meanwhile comes back with exactly these weights, so it takes no further part.
         """
         self._settle()
-        self.held = Held(plan, tuple(buckets), version)
-        before = list(self.peers)
-        steps = [("begin_update", plan), *(("load", b) for b in buckets), ("commit", version)]
-        for method, argument in steps:
-            todo = [e for e, peer in enumerate(self.peers) if peer is before[e]]
-            for engine, peer in self._attempt(todo, method, (argument,), {}):
-                self._revive(engine, peer).result()
+        everyone = list(range(len(self.peers)))
+        lost = dict(self._attempt(everyone, "begin_update", (plan,), {}))
+        arrived: list[WeightBucket] = []
+        sent: list[tuple[int, Peer, Any]] = []
+        for bucket in buckets:
+            arrived.append(bucket)
+            sent += [
+                (e, peer, peer.handle.call.remote("load", bucket))
+                for e, peer in enumerate(self.peers)
+                if e not in lost
+            ]
+        self.held = Held(plan, tuple(arrived), version)
+        for engine, peer, ref in sent:
+            if engine not in lost and not self._collect(engine, peer, ref, "load", {}):
+                lost[engine] = peer
+        lost |= dict(self._attempt([e for e in everyone if e not in lost], "commit", (version,), {}))
+        for engine, peer in lost.items():
+            self._revive(engine, peer).result()
         self._call("resume")
 
     @contextmanager

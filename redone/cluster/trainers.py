@@ -7,14 +7,16 @@ from contextlib import contextmanager
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 
 from redone.api import EngineFleet
 from redone.cluster.canary import Canary
-from redone.cluster.remote import Peer, join
+from redone.cluster.remote import Peer, explain, join
 from redone.config.schema import AlgorithmConfig, Config
 from redone.data.pack import build_shards, plan_step, scatter_rows
 from redone.errors import TrainerError
-from redone.types import Batch, FloatArray, Policy, StepPlan, UpdateReport, WeightPlan
+from redone.types import Batch, FloatArray, Policy, StepPlan, UpdateReport, WeightBucket, WeightPlan
+from redone.weights.sync import Moved
 
 
 class RayTrainerGroup:
@@ -67,14 +69,31 @@ class RayTrainerGroup:
         return report
 
     def push(self, engines: EngineFleet, version: int) -> dict[str, float]:
-        buckets = next(b for b in self._call("publish", self.location, version) if b is not None)
-        engines.load(self.plan, buckets, version)
+        moved = Moved(self.plan)
+        engines.load(self.plan, moved.watch(self._publish(version)), version)
+        metrics = {**moved.metrics(), "sync/version": float(version)}
         self.pushes += 1
         every = self.cfg.weights.canary.every
-        metrics = {"sync/bytes": float(self.plan.total_bytes), "sync/version": float(version)}
         if every and self.pushes % every == 0:
             metrics |= self.check_canary(engines, version)
         return metrics
+
+    def _publish(self, version: int) -> Iterator[WeightBucket]:
+        """Buckets as rank 0 writes them, while all ranks gather."""
+        first, *others = self.peers
+        timeout = self.cfg.trainer.timeout_s
+        refs = [p.handle.exhaust.remote("publish", self.location, version) for p in others]
+        try:
+            for ref in first.handle.stream.options(num_returns="streaming").remote(
+                "publish", self.location, version
+            ):
+                yield ray.get(ref, timeout=timeout)
+        except RayError as error:
+            join(
+                others, refs, "publish", timeout, TrainerError
+            )  # the peer that failed says more than its victim
+            raise explain(first, "publish", error, TrainerError) from None
+        join(others, refs, "publish", timeout, TrainerError)
 
     def check_canary(self, engines: EngineFleet, version: int) -> dict[str, float]:
         """Fixed prompts, trainer against every engine. Raises SyncError above weights.canary.tolerance."""

@@ -283,6 +283,10 @@ class CanaryConfig(Section):
 class WeightsConfig(Section):
     channel: Literal["shm"] = Field("shm", description="How weights reach the engines.")
     bucket_bytes: int = Field(64 * 2**20, ge=1024, description="Bytes per bucket.")
+    delta: bool = Field(
+        False,
+        description="Send only layers that changed, told by digest: for frozen or partly trained models.",
+    )
     dir: str | None = Field(
         None, description="Folder of the channel; default /dev/shm, REDONE_SHM_DIR overrides."
     )

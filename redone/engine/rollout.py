@@ -217,9 +217,7 @@ class RolloutEngine:
         """Every rank verifies the digests of the bytes it maps and only then loads them."""
         with self._poison_on_failure():
             self._update.check_bucket(bucket)
-            await self._rpc(
-                "redone_load", bucket.version, bucket.index, bucket.location, list(bucket.digests)
-            )
+            await self._rpc("redone_load", *self._update.assignment(bucket))
             self._update.arrived(bucket)
 
     async def commit(self, version: int) -> None:

@@ -7,13 +7,14 @@ name table) shows only in the log-probabilities.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from redone.errors import SyncError
-from redone.types import FloatArray
+from redone.types import FloatArray, WeightBucket, WeightPlan
 
 if TYPE_CHECKING:
     from redone.config.schema import CanaryConfig
@@ -26,6 +27,37 @@ def canary_sequences(cfg: CanaryConfig, vocab_size: int, seed: int) -> list[list
     """cfg.prompts sequences of cfg.length token ids, uniform over [0, vocab_size); a pure function."""
     rng = np.random.default_rng([seed, vocab_size, 0xCA9A])
     return [[int(t) for t in row] for row in rng.integers(0, vocab_size, (cfg.prompts, cfg.length))]
+
+
+class Moved:
+    """Counts what a push really moved, against the least that it could."""
+
+    def __init__(self, plan: WeightPlan) -> None:
+        self.plan = plan
+        self.needed = self.written = self.gathered = 0  # bytes
+        self.began = self.ended = time.monotonic()
+
+    def watch(self, buckets: Iterable[WeightBucket]) -> Iterator[WeightBucket]:
+        for bucket in buckets:
+            first, last = self.plan.buckets[bucket.index]
+            tensors = self.plan.tensors[first:last]
+            left_out = set(bucket.unchanged)
+            self.needed += sum(t.nbytes for i, t in enumerate(tensors) if i not in left_out)
+            self.written += bucket.written
+            self.gathered += bucket.gathered
+            self.ended = time.monotonic()
+            yield bucket
+
+    def metrics(self) -> dict[str, float]:
+        """sync/bytes_*: `needed` is the size of the tensors that changed; written to the channel that every
+        engine rank maps; gathered by rank 0 from other ranks."""
+        return {
+            "sync/bytes_needed": float(self.needed),
+            "sync/bytes_written": float(self.written),
+            "sync/bytes_ratio": self.written / self.needed if self.needed else 1.0,
+            "sync/bytes_gathered": float(self.gathered),
+            "sync/publish_s": self.ended - self.began,
+        }
 
 
 def probe_prompt(sequences: Sequence[Sequence[int]], limit: int) -> list[int]:

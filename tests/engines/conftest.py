@@ -12,7 +12,11 @@ from redone.data.tiny import make_tiny_model
 from tests.engines.harness import LiveEngine, engine_config
 from tests.engines.plants import planted_cluster
 
-LAYOUT = {"cluster": {"gpus_per_node": 2}, "trainer": {"parallel": {"tensor": 2, "expert": 2}}}
+LAYOUT = {
+    "cluster": {"gpus_per_node": 2},
+    "trainer": {"parallel": {"tensor": 2, "expert": 2}},
+    "weights": {"delta": True},
+}
 
 
 @pytest.fixture(scope="session")

@@ -67,10 +67,10 @@ def plant(peer: Any, what: str, *args: Any) -> Any:
     return ray.get(peer.handle.plant.remote(what, *args), timeout=60)
 
 
-def push_random(cluster: RayCluster, version: int, scale: float = 0.01) -> dict[str, float]:
-    """A random update of every weight, pushed; the metrics of the push."""
+def push_random(cluster: RayCluster, version: int, scale: float = 0.01, only: str = "") -> dict[str, float]:
+    """A random update of every weight (or those with `only` in their name), pushed; the push's metrics."""
     for peer in cluster.trainers().peers:
-        plant(peer, "perturb", version, scale)
+        plant(peer, "perturb", version, scale, only)
     return cluster.trainers().push(cluster.engines(), version)
 
 
@@ -126,7 +126,10 @@ async def keep_packing(engine: Any, on: bool) -> None:
     import redone.engine.vllm as adapter
 
     if on:
-        adapter._packing, adapter.refresh_cpu_packing = adapter.refresh_cpu_packing, lambda model: None
+        adapter._packing, adapter.refresh_cpu_packing = (
+            adapter.refresh_cpu_packing,
+            lambda model, loaded: None,
+        )
     else:
         adapter.refresh_cpu_packing = adapter._packing
 
@@ -142,14 +145,19 @@ async def keep_caches(engine: Any, on: bool) -> None:
         del engine._core.drop_caches
 
 
-def perturb(trainer: Any, seed: int, scale: float) -> None:
-    """A random update of every parameter, the same on all ranks that share it."""
+def perturb(trainer: Any, seed: int, scale: float, only: str = "") -> None:
+    """A random update of every parameter (or those with `only` in their Megatron name).
+
+    The same on all ranks that share it: also replicated norms, whose copies must not drift apart.
+    """
     import zlib
 
     import torch
 
     with torch.no_grad():
         for name, p in trainer.exporter.parameters.items():
+            if only not in name:
+                continue
             generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
             noise = torch.randn(p.shape, generator=generator)
             p.add_(noise.to(p.device, p.dtype), alpha=scale)

@@ -28,6 +28,21 @@ def test_random_updates_are_exact(cluster: RayCluster) -> None:
     assert_exact(cluster, updates=5)
 
 
+def test_delta_sends_the_layers_that_changed(cluster: RayCluster) -> None:
+    whole = push_random(cluster, 201)
+    total = sum(t.nbytes for t in cluster.trainers().plan.tensors)
+    assert whole["sync/bytes_needed"] == whole["sync/bytes_written"] == total
+    assert 0 < whole["sync/bytes_gathered"] < total  # rank 0 has its own shards
+    layer = push_random(cluster, 202, only="decoder.layers.1.")
+    expected = sum(t.nbytes for t in cluster.trainers().plan.tensors if ".layers.1." in t.name)
+    assert layer["sync/bytes_needed"] == layer["sync/bytes_written"] == expected
+    assert 0 < layer["sync/canary_max_abs_diff"] <= TOLERANCE
+    nothing = push_random(cluster, 203, only="no such parameter")
+    assert nothing["sync/bytes_written"] == nothing["sync/bytes_gathered"] == 0
+    assert nothing["sync/canary_max_abs_diff"] == layer["sync/canary_max_abs_diff"]
+    assert push_random(cluster, 204)["sync/canary_max_abs_diff"] <= TOLERANCE
+
+
 CASES: dict[str, tuple[str, int, dict[str, int], int]] = {
     # model, trainer ranks, their layout, tensor-parallel size of the engine
     "moe TP2xEP2 to TP2": ("qwen3_moe", 4, {"tensor": 2, "expert": 2}, 2),
