@@ -44,6 +44,7 @@ class RayCluster:
         self._group: RayTrainerGroup | None = None
         self._peers: list[Peer] = []
         self._watch: Watch | None = None
+        self._closed = False
         self._pids: dict[str, list[int]] = {}  # by name of the actor: itself and its descendants
         sweep_stale(cfg.weights)
         self.location = channel_path(cfg.weights, f"{os.getpid()}-{cfg.run.name}")
@@ -96,8 +97,11 @@ class RayCluster:
     def _start_again(self, index: int, dead: Peer) -> Peer:
         """A new engine in the place of a dead one, whose remains are ended first."""
         self._status(f"{dead.verdict[-1] if dead.verdict else dead.name + ' died'}; it is started again")
-        ray.kill(dead.handle)
-        self._reap(self._pids.pop(dead.name, []))
+        if not self._closed:
+            ray.kill(dead.handle)
+            self._reap(self._pids.pop(dead.name, []))
+        if self._closed:  # Ray would start itself again
+            raise EngineError(f"{dead.name} died while the run was ending")
         peer = self._spawn_engine(index)
         self._peers[self._peers.index(dead)] = peer
         join([peer], [peer.handle.start.remote()], "start", self.cfg.cluster.ray.start_timeout_s, EngineError)
@@ -133,11 +137,14 @@ class RayCluster:
                     part.close()
                 except (RedoneError, RayError) as error:
                     log.warning("while closing: %s", error)
+        self._closed = True
         if self._watch is not None:
             self._watch.close()
         for peer in self._peers:
             if ray.is_initialized():
                 ray.kill(peer.handle)
+        if self._fleet is not None:
+            self._fleet.abandon()
         self.host.close()
         if os.path.exists(self.location):
             os.unlink(self.location)

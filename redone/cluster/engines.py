@@ -230,8 +230,12 @@ class RayEngineFleet:
         yield
         self._call("sleep")
 
-    def close(self) -> None:
+    def abandon(self) -> None:
+        """Wait for replacements under way, which fail once their actors are killed."""
         self._threads.shutdown(wait=True, cancel_futures=True)
+
+    def close(self) -> None:
+        self._settle()
         refs = [p.handle.call.remote("close") for p in self.peers]
         join(self.peers, refs, "close", 30.0, EngineError)
 

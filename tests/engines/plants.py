@@ -158,6 +158,8 @@ def perturb(trainer: Any, seed: int, scale: float, only: str = "") -> None:
         for name, p in trainer.exporter.parameters.items():
             if only not in name:
                 continue
+            if name.startswith("output_layer") and trainer.shape.tied_embeddings:
+                name = "embedding.word_embeddings.weight"  # the last stage's copy of it
             generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
             noise = torch.randn(p.shape, generator=generator)
             p.add_(noise.to(p.device, p.dtype), alpha=scale)

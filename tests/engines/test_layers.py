@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
+import torch
 
 from redone.cluster.canary import as_batch
 from redone.cluster.cluster import RayCluster
@@ -34,9 +37,7 @@ def test_streams_of_both_sides_equal_hugging_face(cluster: RayCluster) -> None:
     assert {s.shape for s in ours.values()} == {(len(sequence), 64)}
     differences = relative_differences(ours, theirs)
     assert max(differences.values()) < FLOOR["float32"], differences
-    held = HeldWeights(cluster.trainers().cfg.model.path)  # type: ignore[arg-type]
-    import torch
-
+    held = HeldWeights(Path(cluster.trainers().cfg.model.path))
     with torch.no_grad():
         states = held.model(torch.tensor([list(sequence)]), output_hidden_states=True).hidden_states
     expected = {"model.embed_tokens": states[0], "model.layers.1.mlp": states[2], "model.norm": states[4]}
