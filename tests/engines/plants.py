@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -34,13 +34,13 @@ def merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 class PlantedEngine(EngineActor):
     """An engine actor of which a test can change the inside."""
 
-    async def plant(self, what: str, *args: Any) -> Any:
-        return await globals()[what](self.engine, *args)
+    async def plant(self, what: Callable[..., Any], *args: Any) -> Any:
+        return await what(self.engine, *args)
 
 
 class PlantedTrainer(TrainerActor):
-    def plant(self, what: str, *args: Any) -> Any:
-        return globals()[what](self.trainer, *args)
+    def plant(self, what: Callable[..., Any], *args: Any) -> Any:
+        return what(self.trainer, *args)
 
 
 @contextmanager
@@ -63,14 +63,15 @@ def planted_cluster(model: Path, work: Path, over: dict[str, Any]) -> Iterator[R
         patch.undo()
 
 
-def plant(peer: Any, what: str, *args: Any) -> Any:
+def plant(peer: Any, what: Callable[..., Any], *args: Any) -> Any:
+    """Run `what(engine or trainer, *args)` in the actor (a coroutine function for engines)."""
     return ray.get(peer.handle.plant.remote(what, *args), timeout=60)
 
 
 def push_random(cluster: RayCluster, version: int, scale: float = 0.01, only: str = "") -> dict[str, float]:
     """A random update of every weight (or those with `only` in their name), pushed; the push's metrics."""
     for peer in cluster.trainers().peers:
-        plant(peer, "perturb", version, scale, only)
+        plant(peer, perturb, version, scale, only)
     return cluster.trainers().push(cluster.engines(), version)
 
 

@@ -13,6 +13,7 @@ from redone.cluster.cluster import RayCluster
 from redone.data.tiny import make_tiny_model
 from redone.errors import EngineError
 from redone.types import Completion, Sampling
+from tests.engines import plants
 from tests.engines.plants import plant, planted_cluster, push_random
 
 PROMPTS = [[3 + i, 20 + i, 50, 7] for i in range(6)]
@@ -34,7 +35,7 @@ def doomed(cluster: RayCluster, *arguments: Any) -> list[psutil.Process]:
     """Plant the death of engine 0; its process and everything below it."""
     peer = cluster.engines().peers[0]
     pids = cluster._pids[peer.name]
-    plant(peer, "die_in", *arguments)
+    plant(peer, plants.die_in, *arguments)
     return [psutil.Process(pid) for pid in pids]
 
 

@@ -12,6 +12,7 @@ from redone.cluster.canary import as_batch
 from redone.cluster.cluster import RayCluster
 from redone.errors import SyncError
 from redone.weights.layers import FLOOR, point_names, relative_differences
+from tests.engines import plants
 from tests.engines.harness import HeldWeights
 from tests.engines.plants import plant, push_random
 
@@ -52,9 +53,9 @@ def test_a_healthy_pair_passes(cluster: RayCluster) -> None:
 def test_a_wrong_norm_epsilon_in_layer_2_is_named_before_step_1(cluster: RayCluster) -> None:
     """The parity gate is this check, at version 0."""
     (engine,) = cluster.engines().peers
-    assert plant(engine, "norm_epsilon", 2, 1e-3) == pytest.approx(NORMAL_EPSILON)
+    assert plant(engine, plants.norm_epsilon, 2, 1e-3) == pytest.approx(NORMAL_EPSILON)
     message = refused(cluster)
-    plant(engine, "norm_epsilon", 2, NORMAL_EPSILON)
+    plant(engine, plants.norm_epsilon, 2, NORMAL_EPSILON)
     assert "the first diverging layer is model.layers.2, attention (input_layernorm, self_attn)" in message
     assert "engine 0 disagrees with the trainer" in message and "weights.canary.tolerance" in message
     check(cluster)
@@ -63,36 +64,36 @@ def test_a_wrong_norm_epsilon_in_layer_2_is_named_before_step_1(cluster: RayClus
 def test_a_wrong_norm_in_the_trainers_mlp_is_named(cluster: RayCluster) -> None:
     peers = cluster.trainers().peers
     for peer in peers:
-        plant(peer, "trainer_mlp_epsilon", 1, 1e-3)
+        plant(peer, plants.trainer_mlp_epsilon, 1, 1e-3)
     message = refused(cluster)
     for peer in peers:
-        plant(peer, "trainer_mlp_epsilon", 1, NORMAL_EPSILON)
+        plant(peer, plants.trainer_mlp_epsilon, 1, NORMAL_EPSILON)
     assert "model.layers.1, MLP (post_attention_layernorm, mlp)" in message
 
 
 def test_an_expert_corrupted_after_loading_is_named(cluster: RayCluster) -> None:
     (engine,) = cluster.engines().peers
-    plant(engine, "flip_expert", 3)
+    plant(engine, plants.flip_expert, 3)
     message = refused(cluster)
-    plant(engine, "flip_expert", 3)
+    plant(engine, plants.flip_expert, 3)
     assert "model.layers.3, MLP" in message
     check(cluster)
 
 
 def test_experts_that_are_not_packed_again_are_named(cluster: RayCluster) -> None:
     (engine,) = cluster.engines().peers
-    plant(engine, "keep_packing", True)
+    plant(engine, plants.keep_packing, True)
     with pytest.raises(SyncError, match=r"version 11: .*model.layers.0, MLP"):
         push_random(cluster, 11)
-    plant(engine, "keep_packing", False)
+    plant(engine, plants.keep_packing, False)
     assert push_random(cluster, 12)["sync/canary_max_abs_diff"] <= 1e-4
 
 
 def test_a_stale_cache_is_named(cluster: RayCluster) -> None:
     (engine,) = cluster.engines().peers
     push_random(cluster, 21)  # leaves the probe's keys and values in the cache
-    plant(engine, "keep_caches", True)
+    plant(engine, plants.keep_caches, True)
     with pytest.raises(SyncError, match=r"model.layers.0, attention .*prefix cache holds keys and values"):
         push_random(cluster, 22)
-    plant(engine, "keep_caches", False)
+    plant(engine, plants.keep_caches, False)
     assert push_random(cluster, 23)["sync/canary_max_abs_diff"] <= 1e-4
