@@ -83,6 +83,16 @@ def join(
     return results
 
 
+def blame(
+    peers: Sequence[Peer], error: RayError, refs: Sequence[Any], method: str, kind: type[RedoneError]
+) -> RedoneError:
+    """The error to raise when peers[0] failed with `error` while `refs` of the others run: the one that failed
+    by itself says more than those that lost their connection to it."""
+    index = {ref: i + 1 for i, ref in enumerate(refs)}
+    i, worst = min([(0, error), *_late_errors(refs, index)], key=lambda e: _blame(e[1]))
+    return explain(peers[i], method, worst, kind)
+
+
 def _late_errors(pending: Sequence[Any], index: dict[Any, int]) -> list[tuple[int, RayError]]:
     """Errors of peers that arrive within a second of the first one."""
     late: list[tuple[int, RayError]] = []

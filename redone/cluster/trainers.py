@@ -11,7 +11,7 @@ from ray.exceptions import RayError
 
 from redone.api import EngineFleet
 from redone.cluster.canary import Canary
-from redone.cluster.remote import Peer, explain, join
+from redone.cluster.remote import Peer, blame, join
 from redone.config.schema import AlgorithmConfig, Config
 from redone.data.pack import build_shards, plan_step, scatter_rows
 from redone.errors import TrainerError
@@ -89,10 +89,7 @@ class RayTrainerGroup:
             ):
                 yield ray.get(ref, timeout=timeout)
         except RayError as error:
-            join(
-                others, refs, "publish", timeout, TrainerError
-            )  # the peer that failed says more than its victim
-            raise explain(first, "publish", error, TrainerError) from None
+            raise blame([first, *others], error, refs, "publish", TrainerError) from None
         join(others, refs, "publish", timeout, TrainerError)
 
     def check_canary(self, engines: EngineFleet, version: int) -> dict[str, float]:
