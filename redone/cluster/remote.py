@@ -86,8 +86,10 @@ def join(
 def blame(
     peers: Sequence[Peer], error: RayError, refs: Sequence[Any], method: str, kind: type[RedoneError]
 ) -> RedoneError:
-    """The error to raise when peers[0] failed with `error` while `refs` of the others run: the one that failed
-    by itself says more than those that lost their connection to it."""
+    """The error to raise when peers[0] failed with `error` while `refs` of the others run.
+
+    The one that failed by itself says more than those that lost their connection to it.
+    """
     index = {ref: i + 1 for i, ref in enumerate(refs)}
     i, worst = min([(0, error), *_late_errors(refs, index)], key=lambda e: _blame(e[1]))
     return explain(peers[i], method, worst, kind)
