@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from redone.types import (
     Batch,
+    CanaryReading,
     Completion,
     FloatArray,
     Policy,
@@ -33,6 +34,10 @@ class Trainer(Protocol):
         """One [N] fp32 array per micro-batch, in row order; None on ranks without output (all but
         TP rank 0 of the last pipeline stage)."""
 
+    def streams(self, shard: Shard) -> dict[str, FloatArray] | None:
+        """The residual stream of a shard of one sequence: point (weights.layers) -> [tokens, hidden] fp32 of
+        this rank's layers. None on ranks that repeat others or hold no part of the sequence."""
+
     def update(self, shard: Shard, algorithm: AlgorithmConfig) -> UpdateReport:
         """One optimizer step over the whole shard. Raises TrainerError on a non-finite loss."""
 
@@ -41,8 +46,9 @@ class Trainer(Protocol):
 
     def weight_plan(self, bucket_bytes: int) -> WeightPlan: ...
 
-    def publish(self, location: str, version: int) -> tuple[WeightBucket, ...] | None:
-        """Collective: gather, rename, write every bucket into the channel; rank 0 returns the buckets."""
+    def publish(self, location: str, version: int) -> Iterator[WeightBucket]:
+        """Collective generator, to be exhausted on every rank: gather, rename, write bucket after bucket into
+        the channel; rank 0 gets each one as soon as it is written, the others get none."""
 
     def save(self, path: str) -> None: ...
 
@@ -71,6 +77,14 @@ class Engine(Protocol):
 
     async def score(self, sequences: Sequence[Sequence[int]]) -> list[FloatArray]:
         """[len - 1] fp32 raw log-probabilities (temperature 1) of tokens 1.. of each sequence."""
+
+    async def canary(self, sequences: Sequence[Sequence[int]], probe: Sequence[int]) -> CanaryReading:
+        """score(sequences), and a few tokens written behind `probe` with the prefix cache in use: whatever
+        the cache holds from an earlier canary must agree with the weights."""
+
+    async def streams(self, sequence: Sequence[int], cached: bool) -> dict[str, FloatArray]:
+        """The residual stream of `sequence`: point (weights.layers) -> [k, hidden] fp32 of its last k tokens
+        (all of them unless `cached` lets the prefix cache stand in). EngineError when it cannot be read."""
 
     async def begin_update(self, plan: WeightPlan) -> None:
         """Pause generation (requests are kept), refuse a plan whose hash differs from the first one."""
@@ -111,7 +125,8 @@ class TrainerGroup(Protocol):
         """In place, digest-checked, all engines or none; then the canary. Returns the sync/* metrics."""
 
     def check_canary(self, engines: EngineFleet, version: int) -> dict[str, float]:
-        """Fixed prompts, trainer against every engine: SyncError above weights.canary.tolerance."""
+        """Fixed prompts, trainer against every engine: SyncError above weights.canary.tolerance, which names
+        the first diverging layer."""
 
     def awake(self) -> AbstractContextManager[None]: ...
 
@@ -130,7 +145,14 @@ class EngineFleet(Protocol):
     def score(self, sequences: Sequence[Sequence[int]]) -> list[list[FloatArray]]:
         """result[e][i]: engine e's log-probabilities of sequence i."""
 
-    def load(self, plan: WeightPlan, buckets: Sequence[WeightBucket], version: int) -> None: ...
+    def canary(self, sequences: Sequence[Sequence[int]], probe: Sequence[int]) -> list[CanaryReading]:
+        """One reading per engine."""
+
+    def streams(self, engine: int, sequence: Sequence[int], cached: bool) -> dict[str, FloatArray]:
+        """Engine.streams of one engine."""
+
+    def load(self, plan: WeightPlan, buckets: Iterable[WeightBucket], version: int) -> None:
+        """Load every bucket as it comes, then commit on all engines or none."""
 
     def awake(self, what: Awake = "all") -> AbstractContextManager[None]: ...
 

@@ -21,6 +21,10 @@ class EngineError(RedoneError):
     """A rollout engine failed to start, died, or refused a weight update."""
 
 
+class EngineDied(EngineError):
+    """An engine's process is gone: only a new one can answer."""
+
+
 class TrainerError(RedoneError):
     """A trainer rank died, diverged, or refused its input."""
 

@@ -253,6 +253,15 @@ class UpdateReport:
     metrics: Mapping[str, float]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class CanaryReading:
+    """What one engine says about the canary's tokens, at temperature 1."""
+
+    scores: tuple[FloatArray, ...]  # per sequence [len - 1], computed from scratch
+    probe_ids: IntArray  # [k] what it wrote behind the probe prompt, whose prefix it may have cached
+    probe_logprobs: FloatArray  # [k]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorMeta:
     """A Hugging Face tensor in the flat weight space."""
@@ -284,3 +293,9 @@ class WeightBucket:
         str  # channel's address, e.g. the path of a shared-memory file that holds the whole weight space
     )
     digests: tuple[int, ...]  # xxh3_64 of each tensor's bytes, in plan order
+    # Delta updates: an engine that holds version `base` completely may leave out the tensors `unchanged`
+    # (indices within the bucket); their bytes are there all the same. None: load everything.
+    base: int | None = None
+    unchanged: tuple[int, ...] = ()
+    written: int = 0  # bytes that this publication wrote for the bucket
+    gathered: int = 0  # bytes that rank 0 received from other ranks for it

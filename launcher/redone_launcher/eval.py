@@ -100,7 +100,9 @@ def answer(job: Job, folder: EvalFolder, rewards: RewardPool | None, console: Co
     cluster, finished = None, False
     began = time.monotonic()
     try:
-        cluster = RayCluster(job.cfg, folder.logs, lambda text: console.print(text, style="dim"), train=False)
+        cluster = RayCluster(
+            job.cfg, folder.logs, lambda text: console.print(text, style="dim"), with_trainers=False
+        )
         signal.signal(signal.SIGTERM, _interrupt)
         signal.signal(signal.SIGINT, _interrupt)
         console.print(f"engine ready after {time.monotonic() - began:.0f} s", style="dim", highlight=False)

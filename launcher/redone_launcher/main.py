@@ -73,6 +73,14 @@ def parser(words: Sequence[str] = ()) -> argparse.ArgumentParser:
         add_plan_arguments(plan)
     plan.set_defaults(run=_plan)
 
+    replay = commands.add_parser(
+        "replay", help="run a saved batch again (record.save_batches) and print the differences"
+    )
+    replay.add_argument("folder", type=Path, metavar="RUN_FOLDER")
+    replay.add_argument("--step", type=int, required=True, help="step whose batch is run again")
+    replay.add_argument("overrides", nargs="*", metavar="a.b=c", help="override a key of the configuration")
+    replay.set_defaults(run=_replay)
+
     report = commands.add_parser("report", help="write a run folder's report.html again")
     report.add_argument("folder", type=Path, metavar="RUN_FOLDER")
     report.set_defaults(run=_report)
@@ -143,6 +151,12 @@ def _eval(args: argparse.Namespace) -> int:
     from redone_launcher.eval import eval_command
 
     return eval_command(args)
+
+
+def _replay(args: argparse.Namespace) -> int:
+    from redone_launcher.replay import replay_command
+
+    return replay_command(args.folder, args.step, list(args.overrides))
 
 
 def _data_prepare(args: argparse.Namespace) -> int:

@@ -121,7 +121,7 @@ def train(cfg: Config, folder: RunFolder, inputs: Inputs, resumed: bool) -> None
         recorder.__enter__()
         for note in inputs.notes:
             recorder.note(note)
-        cluster = RayCluster(cfg, folder.path / "logs", recorder.note)
+        cluster = RayCluster(cfg, folder.path / "logs", recorder.note, phase=lambda: recorder.current)
         # After ray.init, which takes SIGTERM for a crash handler; a background job ignores SIGINT.
         signal.signal(signal.SIGTERM, _interrupt)
         signal.signal(signal.SIGINT, _interrupt)

@@ -7,8 +7,10 @@ import logging
 import os
 import socket
 import sys
+from collections.abc import Iterator
 from typing import Any
 
+from redone.cluster.health import Pulse
 from redone.config.schema import Config
 
 
@@ -35,6 +37,7 @@ class TrainerActor:
     def __init__(self, cfg: Config, rank: int, log_path: str) -> None:
         redirect_output(log_path, cfg.run.log_level)
         self.cfg, self.rank = cfg, rank
+        self.pulse = Pulse(log_path, cfg.cluster.health_timeout_s, children=False)
 
     def prepare(self) -> tuple[str, int]:
         """Import what start() needs; returns a rendezvous address (used from rank 0)."""
@@ -56,7 +59,21 @@ class TrainerActor:
 
     def call(self, method: str, *args: Any) -> Any:
         """One method of redone.api.Trainer."""
-        return getattr(self.trainer, method)(*args)
+        self.pulse.event(f"{method} began")
+        result = getattr(self.trainer, method)(*args)
+        self.pulse.event(f"{method} ended")
+        return result
+
+    def stream(self, method: str, *args: Any) -> Iterator[Any]:
+        """A generator method, item by item."""
+        self.pulse.event(f"{method} began")
+        yield from getattr(self.trainer, method)(*args)
+        self.pulse.event(f"{method} ended")
+
+    def exhaust(self, method: str, *args: Any) -> None:
+        """The same on a rank that has nothing to say."""
+        for _ in self.stream(method, *args):
+            pass
 
     def pid(self) -> int:
         return os.getpid()
@@ -68,6 +85,7 @@ class EngineActor:
     def __init__(self, cfg: Config, index: int, log_path: str) -> None:
         redirect_output(log_path, cfg.run.log_level)
         self.cfg, self.index = cfg, index
+        self.pulse = Pulse(log_path, cfg.cluster.health_timeout_s, children=True)
 
     async def start(self) -> dict[str, Any]:
         from redone.engine import build_engine
@@ -77,6 +95,7 @@ class EngineActor:
 
     async def call(self, method: str, *args: Any) -> Any:
         """One method of redone.api.Engine."""
+        self.pulse.event(f"{method} began")
         return await getattr(self.engine, method)(*args)
 
     async def pid(self) -> int:

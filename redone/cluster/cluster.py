@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from ray.exceptions import RayError
 
 from redone.cluster.actors import EngineActor, TrainerActor
 from redone.cluster.engines import RayEngineFleet
+from redone.cluster.health import Watch
 from redone.cluster.placement import RayHost, Seat, engine_seats, trainer_seats
 from redone.cluster.remote import Peer, join
 from redone.cluster.trainers import RayTrainerGroup
@@ -29,23 +29,34 @@ log = logging.getLogger(__name__)
 class RayCluster:
     """redone.api.Cluster. Trainer and engine start-up overlap: both are bound by imports.
 
-    `train=False` starts the engines alone (evaluation): trainers() is then not there.
+    Without engines (supervised runs) fleet() has none; without trainers (evaluation) trainers() is not there.
     """
 
     def __init__(
-        self, cfg: Config, log_dir: Path, status: Callable[[str], None] = log.info, *, train: bool = True
+        self,
+        cfg: Config,
+        log_dir: Path,
+        status: Callable[[str], None] = log.info,
+        *,
+        phase: Callable[[], str] = lambda: "run",
+        with_engines: bool = True,
+        with_trainers: bool = True,
     ) -> None:
-        self._train = train
-        self.cfg, self.log_dir = cfg, log_dir
+        """status: shows a line to the user. phase: what the run is doing, for messages."""
+        self.cfg, self.log_dir, self._status = cfg, log_dir, status
+        self.with_engines, self.with_trainers = with_engines, with_trainers
         self._fleet: RayEngineFleet | None = None
         self._group: RayTrainerGroup | None = None
         self._peers: list[Peer] = []
-        self._pids: list[int] = []
+        self._watch: Watch | None = None
+        self._closed = False
+        self._pids: dict[str, list[int]] = {}  # by name of the actor: itself and its descendants
         sweep_stale(cfg.weights)
         self.location = channel_path(cfg.weights, f"{os.getpid()}-{cfg.run.name}")
         status("starting Ray")
         self.host = RayHost(cfg)
         try:
+            self._watch = Watch(lambda: list(self._peers), cfg.cluster.health_timeout_s, phase)
             self._start(status)
         except BaseException:
             self.close()
@@ -62,40 +73,64 @@ class RayCluster:
 
     def _start(self, status: Callable[[str], None]) -> None:
         cfg, timeout = self.cfg, self.cfg.cluster.ray.start_timeout_s
-        engines = [
-            self._spawn(EngineActor, f"engine {i}", f"engine-{i}", seat, i)
-            for i, seat in enumerate(engine_seats(cfg, engine_env(cfg)))
-        ]
+        engines = [self._spawn_engine(i) for i in range(cfg.rollout.replicas if self.with_engines else 0)]
         trainers = [
             self._spawn(TrainerActor, f"trainer rank {r}", f"trainer-{r}", seat, r)
-            for r, seat in enumerate(trainer_seats(cfg) if self._train else [])
+            for r, seat in enumerate(trainer_seats(cfg) if self.with_trainers else [])
         ]
         self._peers = [*trainers, *engines]
         status(f"starting {len(trainers)} trainer rank(s) and {len(engines)} engine(s)")
         engine_refs = [e.handle.start.remote() for e in engines]
-        if self._train:
-            self._start_trainers(trainers, timeout)
-        status("waiting for the engine" if not self._train else "trainer ready, waiting for the engine")
+        infos: list[Any] = []
+        if trainers:
+            init = self._meet(trainers)
+            refs = [t.handle.start.remote(init) for t in trainers]
+            infos = join(trainers, refs, "start", timeout, TrainerError)
+        if engines:
+            status("trainer ready, waiting for the engine" if trainers else "waiting for the engine")
         engine_infos = join(engines, engine_refs, "start", timeout, EngineError)
-        self._remember_pids()
-        self._fleet = RayEngineFleet(cfg, engines, engine_infos)
+        self._remember_pids(self._peers)
+        self._fleet = RayEngineFleet(cfg, engines, engine_infos, self._start_again, self._alarm)
+        if trainers:
+            self._group = RayTrainerGroup(cfg, trainers, infos, self.location)
 
-    def _start_trainers(self, trainers: list[Peer], timeout: float) -> None:
-        addresses = join(
-            trainers, [t.handle.prepare.remote() for t in trainers], "prepare", timeout, TrainerError
-        )
-        init = "tcp://{}:{}".format(*addresses[0])
-        infos = join(
-            trainers, [t.handle.start.remote(init) for t in trainers], "start", timeout, TrainerError
-        )
-        self._group = RayTrainerGroup(self.cfg, trainers, infos, self.location)
+    def _meet(self, trainers: list[Peer]) -> str:
+        """Import what the ranks need, and agree on their rendezvous."""
+        timeout = self.cfg.cluster.ray.start_timeout_s
+        refs = [t.handle.prepare.remote() for t in trainers]
+        addresses = join(trainers, refs, "prepare", timeout, TrainerError)
+        return "tcp://{}:{}".format(*addresses[0])
 
-    def _remember_pids(self) -> None:
-        refs = [p.handle.pid.remote() for p in self._peers]
-        for pid in join(self._peers, refs, "pid", 30.0, RedoneError):
-            self._pids.append(pid)
+    def _spawn_engine(self, index: int) -> Peer:
+        seat = engine_seats(self.cfg, engine_env(self.cfg))[index]
+        return self._spawn(EngineActor, f"engine {index}", f"engine-{index}", seat, index)
+
+    def _start_again(self, index: int, dead: Peer) -> Peer:
+        """A new engine in the place of a dead one, whose remains are ended first."""
+        self._status(f"{dead.verdict[-1] if dead.verdict else dead.name + ' died'}; it is started again")
+        if not self._closed:
+            ray.kill(dead.handle)
+            self._reap(self._pids.pop(dead.name, []))
+        if self._closed:  # Ray would start itself again
+            raise EngineError(f"{dead.name} died while the run was ending")
+        peer = self._spawn_engine(index)
+        self._peers[self._peers.index(dead)] = peer
+        join([peer], [peer.handle.start.remote()], "start", self.cfg.cluster.ray.start_timeout_s, EngineError)
+        self._remember_pids([peer])
+        return peer
+
+    def _alarm(self) -> None:
+        """Raises TrainerError when a trainer rank was ended: nobody need wait for the generation then."""
+        for peer in self._peers:
+            if peer.verdict and peer.name.startswith("trainer"):
+                raise TrainerError(f"{peer.verdict[-1]}. Log: {peer.log_path}")
+
+    def _remember_pids(self, peers: Sequence[Peer]) -> None:
+        refs = [p.handle.pid.remote() for p in peers]
+        for peer, pid in zip(peers, join(peers, refs, "pid", 30.0, RedoneError), strict=True):
+            self._pids[peer.name] = [pid]
             if self.cfg.cluster.nodes == 1 and psutil.pid_exists(pid):
-                self._pids += [c.pid for c in psutil.Process(pid).children(recursive=True)]
+                self._pids[peer.name] += [c.pid for c in psutil.Process(pid).children(recursive=True)]
 
     def trainers(self) -> RayTrainerGroup:
         assert self._group is not None
@@ -114,23 +149,27 @@ class RayCluster:
                         part.close()
                 except (RedoneError, RayError) as error:
                     log.warning("while closing: %s", error)
+        self._closed = True
+        if self._watch is not None:
+            self._watch.close()
         for peer in self._peers:
             if ray.is_initialized():
                 ray.kill(peer.handle)
+        if self._fleet is not None:
+            self._fleet.abandon()
         self.host.close()
         if os.path.exists(self.location):
             os.unlink(self.location)
-        self._reap()
+        self._reap([pid for pids in self._pids.values() for pid in pids])
+        self._pids = {}
 
-    def _reap(self, patience_s: float = 8.0) -> None:
-        """Wait for the processes that we started; end by pid those that outlive their parents."""
-        deadline = time.monotonic() + patience_s
-        left = [psutil.Process(p) for p in self._pids if self.cfg.cluster.nodes == 1 and psutil.pid_exists(p)]
-        _, left = psutil.wait_procs(left, timeout=max(0.0, deadline - time.monotonic()))
+    def _reap(self, pids: Sequence[int], patience_s: float = 8.0) -> None:
+        """Wait for processes that we started; end by pid those that outlive their parents."""
+        left = [psutil.Process(p) for p in pids if self.cfg.cluster.nodes == 1 and psutil.pid_exists(p)]
+        _, left = psutil.wait_procs(left, timeout=patience_s)
         for process in left:
             log.warning("process %d outlived the run and was ended", process.pid)
             try:
                 process.kill()
             except psutil.NoSuchProcess:
                 continue
-        self._pids = []

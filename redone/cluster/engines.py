@@ -1,57 +1,227 @@
-"""The driver's view of all rollout engines: routing, all-or-none weight updates, sleep and wake."""
+"""The driver's view of all rollout engines: routing, all-or-none weight updates, and engines that die."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import asyncio
+import logging
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
-from ray.exceptions import RayActorError, RayTaskError
+import ray
+from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from redone.api import Awake
 from redone.cluster.remote import Peer, explain, join
 from redone.config.schema import Config
-from redone.errors import EngineError
-from redone.types import Completion, FloatArray, Sampling, WeightBucket, WeightPlan
+from redone.errors import EngineDied, EngineError
+from redone.types import CanaryReading, Completion, FloatArray, Sampling, WeightBucket, WeightPlan
+
+log = logging.getLogger(__name__)
+
+ALARM_S = 2.0  # between two looks at whether the run is lost
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """What every engine must hold now; its bytes stay in the channel until the next update."""
+
+    plan: WeightPlan
+    buckets: tuple[WeightBucket, ...]
+    version: int
+
+
+def died(error: BaseException) -> bool:
+    """Whether the engine (or the actor around it) is gone, so that only a new one can answer."""
+    return isinstance(error, RayActorError) or (
+        isinstance(error, RayTaskError) and isinstance(error.cause, EngineDied)
+    )
 
 
 class RayEngineFleet:
-    """redone.api.EngineFleet over Ray actors. A group stays on one engine: its prompt is prefilled once."""
+    """redone.api.EngineFleet over Ray actors. A group stays on one engine: its prompt is prefilled once.
 
-    def __init__(self, cfg: Config, peers: Sequence[Peer], infos: Sequence[dict[str, Any]]) -> None:
-        self.cfg, self.peers, self.infos = cfg, peers, infos
+    An engine that dies is started again with the weights that all engines hold, and what it had not finished
+    is asked again with the same seeds; after rollout.max_engine_restarts the run ends.
+
+    Args:
+        start_again: (index, its dead peer) -> a new peer whose start() has returned.
+        alarm: called while generation is waited for; raises when the run is lost anyway.
+    """
+
+    def __init__(
+        self,
+        cfg: Config,
+        peers: Sequence[Peer],
+        infos: Sequence[dict[str, Any]],
+        start_again: Callable[[int, Peer], Peer],
+        alarm: Callable[[], None],
+    ) -> None:
+        self.cfg, self.infos, self._alarm = cfg, infos, alarm
+        self.peers = list(peers)
         self.in_flight = [0] * len(peers)
+        self.restarts = 0
+        self.held: Held | None = None  # None: the model folder's weights
+        self._start_again = start_again
+        self._reviving: dict[int, Future[None]] = {}
+        self._lost: BaseException | None = None  # why an engine could not be replaced
+        self._lock = threading.Lock()
+        self._threads = ThreadPoolExecutor(max(1, len(peers)), thread_name_prefix="revive")
 
-    def _call(self, method: str, *args: Any) -> list[Any]:
-        refs = [p.handle.call.remote(method, *args) for p in self.peers]
-        return join(self.peers, refs, method, self.cfg.trainer.timeout_s, EngineError)
+    def _call(self, method: str, *args: Any, only: Sequence[int] | None = None) -> list[Any]:
+        """One method on every engine (or those of `only`); engines that die are replaced and asked again."""
+        todo = list(range(len(self.peers)) if only is None else only)
+        results: dict[int, Any] = {}
+        while todo:
+            lost = self._attempt(todo, method, args, results)
+            for engine, peer in lost:
+                self._revive(engine, peer).result()
+            todo = [engine for engine, _ in lost]
+        return [results[engine] for engine in sorted(results)]
+
+    def _attempt(
+        self, engines: Sequence[int], method: str, args: Sequence[Any], results: dict[int, Any]
+    ) -> list[tuple[int, Peer]]:
+        """Ask once; fills `results`, returns the engines that died. Raises on any other failure."""
+        self._settle()
+        asked = [(e, self.peers[e]) for e in engines]
+        refs = [peer.handle.call.remote(method, *args) for _, peer in asked]
+        return [
+            (engine, peer)
+            for (engine, peer), ref in zip(asked, refs, strict=True)
+            if not self._collect(engine, peer, ref, method, results)
+        ]
+
+    def _collect(self, engine: int, peer: Peer, ref: Any, method: str, results: dict[int, Any]) -> bool:
+        """Whether the engine answered (into `results`); False when it died. Raises on any other failure."""
+        try:
+            results[engine] = ray.get(ref, timeout=self.cfg.trainer.timeout_s)
+        except RayError as error:
+            if not died(error):
+                raise explain(peer, method, error, EngineError) from None
+            log.warning("%s", explain(peer, method, error, EngineError))
+            return False
+        return True
+
+    def _settle(self) -> None:
+        """Wait for engines that are being replaced. Raises what made that impossible."""
+        for future in list(self._reviving.values()):
+            future.result()
+        if self._lost is not None:
+            raise self._lost
+
+    def _revive(self, engine: int, dead: Peer) -> Future[None]:
+        """Replace `dead` once, however many of its callers notice."""
+        with self._lock:
+            if self.peers[engine] is not dead:
+                return self._reviving.get(engine, _done())
+            if engine not in self._reviving:
+                self._reviving[engine] = self._threads.submit(self._replace, engine, dead)
+            return self._reviving[engine]
+
+    def _replace(self, engine: int, dead: Peer) -> None:
+        limit = self.cfg.rollout.max_engine_restarts
+        try:
+            if self.restarts >= limit:
+                raise EngineError(
+                    f"{dead.name} died, and rollout.max_engine_restarts={limit} restart(s) are used up; "
+                    f"{dead.verdict[-1] if dead.verdict else dead.tail()}. Log: {dead.log_path}"
+                )
+            self.restarts += 1
+            log.warning("%s is started again (%d of %d)", dead.name, self.restarts, limit)
+            peer = self._start_again(engine, dead)
+            if self.held is not None:
+                held = self.held
+                steps: list[tuple[Any, ...]] = [("begin_update", held.plan)]
+                steps += [("load", bucket) for bucket in held.buckets]
+                for method, *args in [*steps, ("commit", held.version), ("resume",)]:
+                    ref = peer.handle.call.remote(method, *args)
+                    join([peer], [ref], method, self.cfg.trainer.timeout_s, EngineError)
+            self.peers[engine] = peer
+        except BaseException as error:
+            self._lost = error
+            raise
+        finally:
+            with self._lock:
+                del self._reviving[engine]
 
     async def generate(
         self, prompt_ids: Sequence[int], sampling: Sampling, seeds: Sequence[int]
     ) -> list[Completion]:
         """len(seeds) completions from the engine with the fewest sequences in flight."""
-        engine = min(range(len(self.peers)), key=lambda e: self.in_flight[e])
-        peer = self.peers[engine]
-        self.in_flight[engine] += len(seeds)
-        try:
-            completions: list[Completion] = await peer.handle.call.remote(
-                "generate", prompt_ids, sampling, seeds
-            )
-        except (RayTaskError, RayActorError) as error:
-            raise explain(peer, "generate", error, EngineError) from None
-        finally:
-            self.in_flight[engine] -= len(seeds)
-        return completions
+        while True:
+            engine = await self._pick()
+            peer = self.peers[engine]
+            self.in_flight[engine] += len(seeds)
+            try:
+                return await self._answer(peer.handle.call.remote("generate", prompt_ids, sampling, seeds))
+            except (RayTaskError, RayActorError) as error:
+                if not died(error):
+                    raise explain(peer, "generate", error, EngineError) from None
+                if peer is self.peers[engine] and engine not in self._reviving:
+                    log.warning("%s", explain(peer, "generate", error, EngineError))
+                self._revive(engine, peer)
+            finally:
+                self.in_flight[engine] -= len(seeds)
+
+    async def _answer(self, ref: Any) -> list[Completion]:
+        future = asyncio.ensure_future(_awaited(ref))
+        while True:
+            done, _ = await asyncio.wait([future], timeout=ALARM_S)
+            if done:
+                return future.result()
+            self._alarm()
+
+    async def _pick(self) -> int:
+        """The least busy engine that lives; waits when none does. Raises when one could not be replaced."""
+        while True:
+            if self._lost is not None:
+                raise self._lost
+            alive = [e for e in range(len(self.peers)) if e not in self._reviving]
+            if alive:
+                return min(alive, key=lambda e: self.in_flight[e])
+            futures = [asyncio.wrap_future(f) for f in list(self._reviving.values())]
+            if futures:
+                await asyncio.wait(futures)
 
     def score(self, sequences: Sequence[Sequence[int]]) -> list[list[FloatArray]]:
         return self._call("score", sequences)
 
-    def load(self, plan: WeightPlan, buckets: Sequence[WeightBucket], version: int) -> None:
-        """Engines stay paused until every one has committed; a failure raises and leaves them paused."""
-        self._call("begin_update", plan)
+    def canary(self, sequences: Sequence[Sequence[int]], probe: Sequence[int]) -> list[CanaryReading]:
+        return self._call("canary", sequences, probe)
+
+    def streams(self, engine: int, sequence: Sequence[int], cached: bool) -> dict[str, FloatArray]:
+        found: dict[str, FloatArray] = self._call("streams", sequence, cached, only=[engine])[0]
+        return found
+
+    def load(self, plan: WeightPlan, buckets: Iterable[WeightBucket], version: int) -> None:
+        """Engines load a bucket while the trainer gathers the next one, and stay paused until every one has
+        committed; a failure raises and leaves them paused.
+
+        An engine that dies meanwhile comes back with exactly these weights, so it takes no further part.
+        """
+        self._settle()
+        everyone = list(range(len(self.peers)))
+        lost = dict(self._attempt(everyone, "begin_update", (plan,), {}))
+        arrived: list[WeightBucket] = []
+        sent: list[tuple[int, Peer, Any]] = []
         for bucket in buckets:
-            self._call("load", bucket)
-        self._call("commit", version)
+            arrived.append(bucket)
+            sent += [
+                (e, peer, peer.handle.call.remote("load", bucket))
+                for e, peer in enumerate(self.peers)
+                if e not in lost
+            ]
+        self.held = Held(plan, tuple(arrived), version)
+        for engine, peer, ref in sent:
+            if engine not in lost and not self._collect(engine, peer, ref, "load", {}):
+                lost[engine] = peer
+        lost |= dict(self._attempt([e for e in everyone if e not in lost], "commit", (version,), {}))
+        for engine, peer in lost.items():
+            self._revive(engine, peer).result()
         self._call("resume")
 
     @contextmanager
@@ -60,6 +230,22 @@ class RayEngineFleet:
         yield
         self._call("sleep")
 
+    def abandon(self) -> None:
+        """Wait for replacements under way, which fail once their actors are killed."""
+        self._threads.shutdown(wait=True, cancel_futures=True)
+
     def close(self) -> None:
+        self._settle()
         refs = [p.handle.call.remote("close") for p in self.peers]
         join(self.peers, refs, "close", 30.0, EngineError)
+
+
+async def _awaited(ref: Any) -> list[Completion]:
+    completions: list[Completion] = await ref
+    return completions
+
+
+def _done() -> Future[None]:
+    future: Future[None] = Future()
+    future.set_result(None)
+    return future

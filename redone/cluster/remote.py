@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import ray
@@ -20,6 +20,7 @@ class Peer:
     name: str  # "trainer rank 0", "engine 1"
     handle: Any
     log_path: str
+    verdict: list[str] = field(default_factory=list)  # why the driver ended it (redone.cluster.health)
 
     def tail(self, lines: int = 3) -> str:
         """The last lines of its log, for an error message."""
@@ -41,6 +42,8 @@ def explain(peer: Peer, method: str, error: RayError, kind: type[RedoneError]) -
         return kind(
             f"{peer.name} failed in {method}: {type(cause).__name__}: {cause}. Traceback: {peer.log_path}"
         )
+    if isinstance(error, RayActorError) and peer.verdict:
+        return kind(f"{peer.verdict[-1]}. Log: {peer.log_path}")
     if isinstance(error, RayActorError):
         tail = peer.tail()
         return kind(
@@ -78,6 +81,18 @@ def join(
         i, error = min(errors, key=lambda e: _blame(e[1]))
         raise explain(peers[i], method, error, kind) from None
     return results
+
+
+def blame(
+    peers: Sequence[Peer], error: RayError, refs: Sequence[Any], method: str, kind: type[RedoneError]
+) -> RedoneError:
+    """The error to raise when peers[0] failed with `error` while `refs` of the others run.
+
+    The one that failed by itself says more than those that lost their connection to it.
+    """
+    index = {ref: i + 1 for i, ref in enumerate(refs)}
+    i, worst = min([(0, error), *_late_errors(refs, index)], key=lambda e: _blame(e[1]))
+    return explain(peers[i], method, worst, kind)
 
 
 def _late_errors(pending: Sequence[Any], index: dict[Any, int]) -> list[tuple[int, RayError]]:

@@ -6,16 +6,17 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import ray
+from ray.exceptions import RayError
 
 from redone.api import EngineFleet
-from redone.cluster.remote import Peer, join
+from redone.cluster.canary import Canary
+from redone.cluster.remote import Peer, blame, join
 from redone.config.schema import AlgorithmConfig, Config
 from redone.data.pack import build_shards, plan_step, scatter_rows
 from redone.errors import TrainerError
-from redone.types import Batch, FloatArray, Policy, StepPlan, TrainGroup, Trajectory, UpdateReport, WeightPlan
-from redone.weights.sync import canary_sequences, compare_canary
+from redone.types import Batch, FloatArray, Policy, StepPlan, UpdateReport, WeightBucket, WeightPlan
+from redone.weights.sync import Moved
 
 
 class RayTrainerGroup:
@@ -27,8 +28,7 @@ class RayTrainerGroup:
         self.cfg, self.peers, self.infos, self.location = cfg, peers, infos, location
         self.dp = int(infos[0]["dp_size"])
         self.plan: WeightPlan = self._call("weight_plan", cfg.weights.bucket_bytes)[0]
-        vocab = int(infos[0]["vocab_size"])
-        self.canary = canary_sequences(cfg.weights.canary, vocab, cfg.run.seed)
+        self.canary = Canary.of(cfg, int(infos[0]["vocab_size"]))
         self.pushes = 0
 
     def _call(self, method: str, *args: Any) -> list[Any]:
@@ -69,19 +69,37 @@ class RayTrainerGroup:
         return report
 
     def push(self, engines: EngineFleet, version: int) -> dict[str, float]:
-        buckets = next(b for b in self._call("publish", self.location, version) if b is not None)
-        engines.load(self.plan, buckets, version)
+        moved = Moved(self.plan)
+        engines.load(self.plan, moved.watch(self._publish(version)), version)
+        metrics = {**moved.metrics(), "sync/version": float(version)}
         self.pushes += 1
         every = self.cfg.weights.canary.every
-        metrics = {"sync/bytes": float(self.plan.total_bytes), "sync/version": float(version)}
         if every and self.pushes % every == 0:
             metrics |= self.check_canary(engines, version)
         return metrics
 
+    def _publish(self, version: int) -> Iterator[WeightBucket]:
+        """Buckets as rank 0 writes them, while all ranks gather."""
+        first, *others = self.peers
+        timeout = self.cfg.trainer.timeout_s
+        refs = [p.handle.exhaust.remote("publish", self.location, version) for p in others]
+        try:
+            for ref in first.handle.stream.options(num_returns="streaming").remote(
+                "publish", self.location, version
+            ):
+                yield ray.get(ref, timeout=timeout)
+        except RayError as error:
+            raise blame([first, *others], error, refs, "publish", TrainerError) from None
+        join(others, refs, "publish", timeout, TrainerError)
+
     def check_canary(self, engines: EngineFleet, version: int) -> dict[str, float]:
         """Fixed prompts, trainer against every engine. Raises SyncError above weights.canary.tolerance."""
-        ours = [rows[0] for rows in self.logprobs(_as_batch(self.canary), temperature=1.0)]
-        return compare_canary(ours, engines.score(self.canary), self.cfg.weights.canary.tolerance, version)
+        return self.canary.check(self, engines, version)
+
+    def streams(self, batch: Batch) -> dict[str, FloatArray]:
+        """The residual stream of a batch of one sequence: point -> [tokens, hidden] fp32."""
+        _, results = self._call_sharded("streams", batch)
+        return {point: stream for part in results if part is not None for point, stream in part.items()}
 
     @contextmanager
     def awake(self) -> Iterator[None]:
@@ -101,17 +119,3 @@ class RayTrainerGroup:
     def close(self) -> None:
         refs = [p.handle.call.remote("close") for p in self.peers]
         ray.wait(refs, num_returns=len(refs), timeout=10)
-
-
-def _as_batch(sequences: Sequence[Sequence[int]]) -> Batch:
-    """Score tokens 1.. of each sequence: its first token is the prompt, the rest is the response."""
-    return Batch.of(
-        [
-            TrainGroup(
-                prompt_id=f"canary-{i}",
-                prompt_ids=np.asarray(sequence[:1], np.int32),
-                trajectories=(Trajectory.unscored(np.asarray(sequence[1:], np.int32)),),
-            )
-            for i, sequence in enumerate(sequences)
-        ]
-    )

@@ -218,6 +218,9 @@ class RolloutConfig(Section):
     replicas: int = Field(1, ge=1, description="Engines.")
     tensor_model_parallel_size: int = Field(1, ge=1, description="Ranks of one engine.")
     gpu_memory_utilization: float = Field(0.7, gt=0, le=1, description="Share of GPU memory for one engine.")
+    max_engine_restarts: int = Field(
+        3, ge=0, description="Engines that died and were started again, per run, before the run ends."
+    )
     max_failed_share: float = Field(
         0.05, ge=0, le=1, description="Share of rollouts whose reward may fail per step."
     )
@@ -291,6 +294,10 @@ class CanaryConfig(Section):
 class WeightsConfig(Section):
     channel: Literal["shm"] = Field("shm", description="How weights reach the engines.")
     bucket_bytes: int = Field(64 * 2**20, ge=1024, description="Bytes per bucket.")
+    delta: bool = Field(
+        False,
+        description="Send only layers that changed, told by digest: for frozen or partly trained models.",
+    )
     dir: str | None = Field(
         None, description="Folder of the channel; default /dev/shm, REDONE_SHM_DIR overrides."
     )
@@ -335,6 +342,12 @@ class ClusterConfig(Section):
     device: Literal["cpu", "cuda"] = Field("cpu", description="Where trainers and engines run.")
     nodes: int = Field(1, ge=1, description="Nodes.")
     gpus_per_node: int = Field(1, ge=1, description="Trainer ranks per node (on CPU: processes).")
+    health_timeout_s: float = Field(
+        45.0,
+        ge=1,
+        description="A process without a sign of life for so long is ended: a trainer rank ends the run, an "
+        "engine is started again.",
+    )
     ray: RayConfig = RayConfig()
 
     @property
@@ -347,6 +360,12 @@ class RecordConfig(Section):
         ("console", "jsonl", "tensorboard"), description="Where metrics go."
     )
     samples_per_step: int = Field(4, ge=0, description="Rollouts written per step.")
+    save_batches: int = Field(
+        0,
+        ge=0,
+        description="Keep every n-th step's batch and the trainer's state before it, for `redone replay`; 0: "
+        "none. Each costs the size of a checkpoint.",
+    )
     project: str = Field("redone", description="Project name for W&B / experiment for MLflow.")
 
 

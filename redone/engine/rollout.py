@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
+import numpy as np
 from transformers import AutoTokenizer
 
 from redone.api import Awake
@@ -17,18 +18,15 @@ from redone.config.schema import Config
 from redone.engine.folder import ModelFolder, context_limit
 from redone.engine.process import Children, ErrorLog
 from redone.engine.update import UpdateState
-from redone.errors import EngineError, SyncError
-from redone.types import Completion, FloatArray, Sampling, WeightBucket, WeightPlan
+from redone.errors import EngineDied, EngineError, SyncError
+from redone.types import CanaryReading, Completion, FloatArray, Sampling, WeightBucket, WeightPlan
 from redone.weights.plan import plan_to_json
 
 # What a vendor raises for a model or a machine that it cannot serve; anything else is a bug.
 START_FAILURES = (
     RuntimeError, ValueError, OSError, KeyError, TypeError, AttributeError, AssertionError, ImportError,
 )  # fmt: skip
-
-
-class EngineDied(EngineError):
-    """The vendor's engine is gone; the cause stands in the log of its processes."""
+PROBE_TOKENS = 4  # what the canary lets the engine write behind the probe prompt
 
 
 class Core(Protocol):
@@ -162,11 +160,7 @@ class RolloutEngine:
 
         Needs room for one token more than the longest sequence. Wakes the KV cache when only weights are.
         """
-        self._update.check_usable()
-        if self._awake == "weights":
-            await self.wake("all")
-        if self._awake is None:
-            raise EngineError(f"{self.name} is asleep; wake('weights') before score")
+        await self._ready_to_score()
         for i, sequence in enumerate(sequences):
             if not 2 <= len(sequence) < self.limit:
                 raise EngineError(
@@ -175,6 +169,40 @@ class RolloutEngine:
                 )
         with self._explain_death():
             return await asyncio.gather(*(self._core.score([int(t) for t in s]) for s in sequences))
+
+    async def _ready_to_score(self) -> None:
+        self._update.check_usable()
+        if self._awake == "weights":
+            await self.wake("all")
+        if self._awake is None:
+            raise EngineError(f"{self.name} is asleep; wake('weights') before score")
+
+    async def canary(self, sequences: Sequence[Sequence[int]], probe: Sequence[int]) -> CanaryReading:
+        """See redone.api: scores from scratch, then PROBE_TOKENS sampled tokens, prefix cache in use."""
+        scores = await self.score(sequences)
+        sampling = Sampling(max_tokens=PROBE_TOKENS, ignore_eos=True)
+        with self._explain_death():
+            (written,) = await self._core.generate([int(t) for t in probe], sampling, [0])
+        return CanaryReading(
+            scores=tuple(scores), probe_ids=written.token_ids, probe_logprobs=written.logprobs
+        )
+
+    async def streams(self, sequence: Sequence[int], cached: bool) -> dict[str, FloatArray]:
+        """See redone.api."""
+        await self._ready_to_score()
+        ids = [int(t) for t in sequence]
+        with self._explain_death():
+            refused = await self._core.rpc("redone_watch")
+            if cached:
+                await self._core.generate(ids, Sampling(max_tokens=1, ignore_eos=True), [0])
+            else:
+                await self._core.score(ids)
+            answer = (await self._core.rpc("redone_streams", ids))[0]  # every rank holds the whole stream
+        if refused[0] is not None or isinstance(answer, str):
+            raise EngineError(f"{self.name}: {refused[0] or answer}")
+        points, length, data = answer
+        values = np.frombuffer(data, np.float32).reshape(len(points), length, -1)
+        return dict(zip(points, values, strict=True))
 
     async def begin_update(self, plan: WeightPlan) -> None:
         """Pause (running requests are kept) and expect every bucket of `plan`. SyncError for another plan."""
@@ -189,9 +217,7 @@ class RolloutEngine:
         """Every rank verifies the digests of the bytes it maps and only then loads them."""
         with self._poison_on_failure():
             self._update.check_bucket(bucket)
-            await self._rpc(
-                "redone_load", bucket.version, bucket.index, bucket.location, list(bucket.digests)
-            )
+            await self._rpc("redone_load", *self._update.assignment(bucket))
             self._update.arrived(bucket)
 
     async def commit(self, version: int) -> None:
@@ -243,7 +269,7 @@ class RolloutEngine:
         try:
             yield
         except EngineDied as error:
-            raise EngineError(f"{self.name} died:\n{self._errors.cause() or error}") from error
+            raise EngineDied(f"{self.name} died:\n{self._errors.cause() or error}") from error
 
     @contextmanager
     def _poison_on_failure(self) -> Iterator[None]:

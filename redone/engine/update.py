@@ -6,6 +6,7 @@ from redone.engine.folder import ModelFolder
 from redone.errors import EngineError, SyncError
 from redone.types import WeightBucket, WeightPlan
 from redone.weights.plan import bucket_tensors
+from redone.weights.units import to_load
 
 
 class UpdateState:
@@ -14,6 +15,7 @@ class UpdateState:
     def __init__(self, engine: str, folder: ModelFolder) -> None:
         self.engine, self.folder = engine, folder
         self.version = 0
+        self._held: int | None = None  # version that is loaded completely, of the last commit
         self._plan: WeightPlan | None = None
         self._arrived: set[int] | None = None  # None: no update in progress
         self._poison: str | None = None
@@ -41,6 +43,12 @@ class UpdateState:
         """Raises SyncError for a bucket that the plan does not have."""
         bucket_tensors(self.plan, bucket.index)
 
+    def assignment(self, bucket: WeightBucket) -> tuple[int, int, str, list[int], list[str]]:
+        """Arguments of a worker: version, index, location, digests, names of the tensors to load."""
+        tensors = to_load(bucket, bucket_tensors(self.plan, bucket.index), self._held)
+        names = [t.name for t in tensors]
+        return bucket.version, bucket.index, bucket.location, list(bucket.digests), names
+
     def arrived(self, bucket: WeightBucket) -> None:
         assert self._arrived is not None
         self._arrived.add(bucket.index)
@@ -58,10 +66,11 @@ class UpdateState:
 
     def committed(self, version: int) -> None:
         self.version, self._arrived, self._poison = version, None, None
+        self._held = version
 
     def poison(self, reason: str) -> None:
         """The weights are a mixture now; the engine must not generate."""
-        self._poison, self._arrived = reason, None
+        self._poison, self._arrived, self._held = reason, None, None
 
     def check_usable(self) -> None:
         """Raises EngineError on a poisoned engine."""

@@ -15,7 +15,7 @@ import asyncio
 import itertools
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,13 +38,15 @@ from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 from vllm.v1.engine.llm_engine import LLMEngine
 
 from redone.config.schema import Config
+from redone.engine.capture import CaptureExtension
 from redone.engine.loop import LoopThread
-from redone.engine.rollout import START_FAILURES, EngineDied, RolloutEngine
-from redone.errors import EngineError, SyncError
+from redone.engine.rollout import START_FAILURES, RolloutEngine
+from redone.errors import EngineDied, EngineError, SyncError
 from redone.types import Completion, Finish, FloatArray, Sampling, VersionSpan, WeightBucket
 from redone.weights.channel import ShmReader
 from redone.weights.digest import verify
 from redone.weights.plan import bucket_tensors, plan_from_json, torch_dtype
+from redone.weights.units import unit_of
 
 BACKEND = "redone_shm"
 CPU_KV_CACHE_MB = 512
@@ -77,9 +79,11 @@ class ShmTransferEngine(WeightTransferEngine[ShmInitInfo, ShmUpdateInfo]):
         """Nothing to connect."""
 
     def start_weight_update(self) -> None:
+        self.loaded: set[str] = set()  # units
         initialize_layerwise_reload(self.model)
 
     def receive_weights(self, update_info: ShmUpdateInfo) -> None:
+        self.loaded |= {unit_of(t.name) for t in update_info.tensors}
         self.model.load_weights(
             (t.name, update_info.reader.view(t.offset, t.nbytes).view(torch_dtype(t.dtype)).view(t.shape))
             for t in update_info.tensors
@@ -87,7 +91,7 @@ class ShmTransferEngine(WeightTransferEngine[ShmInitInfo, ShmUpdateInfo]):
 
     def finish_weight_update(self) -> None:
         finalize_layerwise_reload(self.model, self.model_config)
-        refresh_cpu_packing(self.model)
+        refresh_cpu_packing(self.model, self.loaded)
 
     def abort(self) -> None:
         """Give half-loaded layers their old tensors back.
@@ -105,20 +109,21 @@ class ShmTransferEngine(WeightTransferEngine[ShmInitInfo, ShmUpdateInfo]):
         """Nothing to release."""
 
 
-def refresh_cpu_packing(model: torch.nn.Module) -> None:
+def refresh_cpu_packing(model: torch.nn.Module, loaded: Set[str]) -> None:
     """Pack the experts' and the language-model head's weights for the CPU kernels again.
 
     vLLM 0.32 stores reloaded experts unpacked and computes with them as if they were packed (wrong by about
     1 nat), and keeps the packed head of a model with tied embeddings as it was; both without an error.
+    Only units of `loaded` were unpacked by the reload.
     """
     if not current_platform.is_cpu():
         return
-    for module in model.modules():
+    for name, module in model.named_modules():
         if isinstance(module, ParallelLMHead):
             # With tied embeddings no tensor of that name arrives: its packed copy would keep the old weights.
             module.quant_method.process_weights_after_loading(module)
         kernel = getattr(getattr(module, "quant_method", None), "moe_kernel", None)
-        if kernel is not None and hasattr(module, "w13_weight"):
+        if kernel is not None and hasattr(module, "w13_weight") and unit_of(name) in loaded:
             kernel.fused_experts.process_weights_after_loading(module)
 
 
@@ -126,7 +131,7 @@ if BACKEND not in WeightTransferEngineFactory._registry:
     WeightTransferEngineFactory.register_engine(BACKEND, ShmTransferEngine)
 
 
-class WorkerExtension:
+class WorkerExtension(CaptureExtension):
     """Methods that vLLM mixes into its worker class, in every worker process.
 
     They take plain values and return error texts, because exceptions lose their type between processes.
@@ -144,15 +149,19 @@ class WorkerExtension:
         self.start_weight_update()  # type: ignore[attr-defined]
         return None
 
-    def redone_load(self, version: int, index: int, location: str, digests: list[int]) -> str | None:
-        """Verify what this rank maps, then load it."""
+    def redone_load(
+        self, version: int, index: int, location: str, digests: list[int], names: list[str]
+    ) -> str | None:
+        """Verify what this rank maps, then load the tensors `names`."""
         bucket = WeightBucket(version=version, index=index, location=location, digests=tuple(digests))
         tensors = bucket_tensors(self._redone_plan, index)
         try:
             if self._redone_reader is None or self._redone_reader.location != location:
                 self._redone_reader = ShmReader(location, self._redone_plan.total_bytes)
             verify(self._redone_plan, bucket, self._redone_reader)
-            self.update_weights({"reader": self._redone_reader, "tensors": tensors})  # type: ignore[attr-defined]
+            wanted = [t for t in tensors if t.name in set(names)]
+            if wanted:
+                self.update_weights({"reader": self._redone_reader, "tensors": wanted})  # type: ignore[attr-defined]
         except SyncError as error:
             return str(error)
         except (*START_FAILURES, IndexError) as error:

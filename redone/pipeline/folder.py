@@ -34,7 +34,7 @@ class DriverState:
 
 class RunFolder:
     """Layout: config.yaml metrics.jsonl samples.jsonl ledger.jsonl summary.json report.html logs/ evals/
-    checkpoints/step-000010/{trainer/,driver.json} export/"""
+    checkpoints/step-000010/{trainer/,driver.json} batches/step-000010/{trainer/,batch.npz} export/"""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -80,6 +80,15 @@ class RunFolder:
 
     def checkpoint(self, step: int) -> Path:
         return self.checkpoints / f"step-{step:06d}"
+
+    def batch(self, step: int) -> Path:
+        """Where the batch of `step` is kept with the trainer's state before it (record.save_batches)."""
+        return self.path / "batches" / f"step-{step:06d}"
+
+    def saved_batches(self) -> list[int]:
+        """Steps whose batch was kept, oldest first."""
+        found = self.path.glob("batches/step-*/batch.npz")
+        return sorted(int(p.parent.name.removeprefix("step-")) for p in found)
 
     def save(self, state: DriverState, save_trainer: Callable[[str], None], keep: int) -> Path:
         """Write trainer and driver state beside the final name, rename, then drop the oldest ones."""

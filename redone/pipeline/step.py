@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from redone.algo.stats import mismatch_metrics
 from redone.api import EngineFleet, TrainerGroup
-from redone.config.schema import Config
+from redone.config.schema import AlgorithmConfig, Config
 from redone.data.stream import PromptStream
 from redone.reward.pool import RewardPool
 from redone.rollout.build import build_batch
@@ -16,6 +16,7 @@ from redone.rollout.collect import Collected, collect
 from redone.types import Batch, UpdateReport
 
 Phase = Callable[[str], AbstractContextManager[None]]
+Keep = Callable[[Batch, int], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,10 +41,12 @@ def rl_step(
     cfg: Config,
     stop_token_ids: Sequence[int],
     phase: Phase,
+    keep: Keep | None = None,
 ) -> StepResult:
     """Rollout step `step` (1-based): engines hold version step - 1 before it and version step after it.
 
-    `phase(name)` times what runs inside it and tells the user what is going on.
+    `phase(name)` times what runs inside it and tells the user what is going on; `keep(batch, parts)` sees the
+    batch before the weights change.
     """
     algorithm = cfg.algorithm
     with engines.awake(), phase("gen"):
@@ -59,17 +62,26 @@ def rl_step(
         if algorithm.kl.coef > 0:
             with phase("ref"):
                 batch = batch.with_logprobs("ref_logprobs", trainer.logprobs(batch, policy="reference"))
+        if keep is not None:
+            keep(batch, parts)
         with phase("update_actor"):
-            reports = [
-                trainer.update(part, algorithm, step)
-                for _ in range(algorithm.ppo_epochs)
-                for part in batch.split(parts)
-            ]
+            reports = run_updates(step, batch, parts, trainer, algorithm)
         with phase("update_weights"), engines.awake("weights"):
             sync = trainer.push(engines, version=step)  # in place, digest-checked, all engines or none
     metrics = {**collected.metrics, **mismatch_metrics(batch), **merge_reports(reports), **sync}
     metrics["perf/total_num_tokens"] = float(num_tokens(batch))
     return StepResult(collected=collected, batch=batch, reports=tuple(reports), metrics=metrics)
+
+
+def run_updates(
+    step: int, batch: Batch, parts: int, trainer: TrainerGroup, algorithm: AlgorithmConfig
+) -> list[UpdateReport]:
+    """The optimizer updates of one step: every epoch passes over the batch in `parts` parts."""
+    return [
+        trainer.update(part, algorithm, step)
+        for _ in range(algorithm.ppo_epochs)
+        for part in batch.split(parts)
+    ]
 
 
 def num_tokens(batch: Batch) -> int:

@@ -15,7 +15,8 @@ from redone.data.stream import PromptStream
 from redone.errors import RedoneError
 from redone.evaluate.runner import Evaluation, evaluate, read_evaluation, sampling_of
 from redone.pipeline.folder import DriverState, RunFolder
-from redone.pipeline.step import StepResult, rl_step
+from redone.pipeline.replay import save_step
+from redone.pipeline.step import Keep, StepResult, rl_step
 from redone.reward.pool import RewardPool
 from redone.types import Group, Prompt
 
@@ -92,6 +93,7 @@ class RlRun:
                 self.cfg,
                 self.stop_token_ids,
                 self.observer.phase,
+                self._keeper(step),
             )
             self._account(step, result)
             self.observer.step(step, {**result.metrics, **self._validate(step, last)})
@@ -101,6 +103,12 @@ class RlRun:
             if stop:
                 self._note(f"early stop at step {step}: validation has not improved since {self.best_step}")
                 break
+
+    def _keeper(self, step: int) -> Keep | None:
+        every = self.cfg.record.save_batches
+        if not every or step % every:
+            return None
+        return lambda batch, parts: save_step(self.folder, step, batch, parts, self.trainer)
 
     def _note(self, message: str) -> None:
         self.notes.append(message)

@@ -44,6 +44,7 @@ class Recorder:
         self._devices = devices
         self._response_tokens = 0  # of the current step
         self._total_tokens = 0
+        self.current = "start"  # the phase that runs, or the last one
         self._display = Display(total_steps, first_step) if "console" in cfg.loggers else None
 
     def __enter__(self) -> Recorder:
@@ -72,6 +73,7 @@ class Recorder:
     def phase(self, name: str) -> Iterator[None]:
         """Times what runs inside it as timing_s/<name> of the current step, and shows it."""
         log.info("phase %s", name)
+        self.current = name
         if self._display:
             self._display.enter(name)
         try:

@@ -7,16 +7,20 @@ name table) shows only in the log-probabilities.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from redone.errors import SyncError
-from redone.types import FloatArray
+from redone.types import FloatArray, WeightBucket, WeightPlan
 
 if TYPE_CHECKING:
     from redone.config.schema import CanaryConfig
+
+
+PROBE_ROOM = 8  # tokens of context left behind the probe prompt
 
 
 def canary_sequences(cfg: CanaryConfig, vocab_size: int, seed: int) -> list[list[int]]:
@@ -25,8 +29,54 @@ def canary_sequences(cfg: CanaryConfig, vocab_size: int, seed: int) -> list[list
     return [[int(t) for t in row] for row in rng.integers(0, vocab_size, (cfg.prompts, cfg.length))]
 
 
+class Moved:
+    """Counts what a push really moved, against the least that it could."""
+
+    def __init__(self, plan: WeightPlan) -> None:
+        self.plan = plan
+        self.needed = self.written = self.gathered = 0  # bytes
+        self.began = self.ended = time.monotonic()
+
+    def watch(self, buckets: Iterable[WeightBucket]) -> Iterator[WeightBucket]:
+        for bucket in buckets:
+            first, last = self.plan.buckets[bucket.index]
+            tensors = self.plan.tensors[first:last]
+            left_out = set(bucket.unchanged)
+            self.needed += sum(t.nbytes for i, t in enumerate(tensors) if i not in left_out)
+            self.written += bucket.written
+            self.gathered += bucket.gathered
+            self.ended = time.monotonic()
+            yield bucket
+
+    def metrics(self) -> dict[str, float]:
+        """sync/bytes_*: `needed` is the size of the tensors that changed; written to the channel that every
+        engine rank maps; gathered by rank 0 from other ranks."""
+        return {
+            "sync/bytes_needed": float(self.needed),
+            "sync/bytes_written": float(self.written),
+            "sync/bytes_ratio": self.written / self.needed if self.needed else 1.0,
+            "sync/bytes_gathered": float(self.gathered),
+            "sync/publish_s": self.ended - self.began,
+        }
+
+
+def probe_prompt(sequences: Sequence[Sequence[int]], limit: int) -> list[int]:
+    """The canary's sequences in one prompt, cut so that a few tokens more fit `limit`: long enough for full
+    blocks of a prefix cache."""
+    joined = [token for sequence in sequences for token in sequence]
+    return joined[: max(1, limit - PROBE_ROOM)]
+
+
+class CanaryError(SyncError):
+    """`engine` and `prompt` are the indices where the largest difference stands."""
+
+    def __init__(self, message: str, engine: int, prompt: int) -> None:
+        super().__init__(message)
+        self.engine, self.prompt = engine, prompt
+
+
 def compare_canary(
-    trainer: Sequence[FloatArray],
+    trainer: Sequence[Sequence[FloatArray]],
     engines: Sequence[Sequence[FloatArray]],
     tolerance: float,
     version: int,
@@ -34,21 +84,21 @@ def compare_canary(
     """Compare log-probabilities of the canary's tokens.
 
     Args:
-        trainer: per sequence, [len - 1] fp32, nats.
-        engines: engines[e][i]: the same of engine e.
+        trainer: trainer[e][i]: log-probabilities of sequence i as engine e continued it, fp32, nats.
+        engines: engines[e][i]: the same as engine e says it.
         tolerance: largest absolute difference allowed, nats.
 
     Returns:
         sync/canary_max_abs_diff and sync/canary_mean_abs_diff over all engines and tokens.
 
     Raises:
-        SyncError: the largest difference exceeds the tolerance (or is not a number); names the engine, the
+        CanaryError: the largest difference exceeds the tolerance (or is not a number); names the engine, the
             prompt, the token's position, both values and the tolerance.
     """
     worst, where = -1.0, (0, 0, 0)
     total, count = 0.0, 0
     for e, scores in enumerate(engines):
-        for i, (ours, theirs) in enumerate(zip(trainer, scores, strict=True)):
+        for i, (ours, theirs) in enumerate(zip(trainer[e], scores, strict=True)):
             if ours.shape != theirs.shape:
                 raise SyncError(
                     f"canary after version {version}: engine {e} scored {theirs.shape[0]} tokens of prompt "
@@ -66,10 +116,11 @@ def compare_canary(
     if not worst <= tolerance:
         e, i, j = where
         shown = "not a number" if math.isinf(worst) else f"{worst:.3e}"
-        raise SyncError(
+        raise CanaryError(
             f"canary after version {version}: engine {e} disagrees with the trainer on prompt {i}, token "
-            f"{j + 1}: trainer {trainer[i][j]:.6f}, engine {engines[e][i][j]:.6f}, difference {shown} > "
-            f"weights.canary.tolerance={tolerance:g} (mean {total / count:.3e}). The engine did not "
-            "take over the trainer's weights"
+            f"{j + 1}: trainer {trainer[e][i][j]:.6f}, engine {engines[e][i][j]:.6f}, difference {shown} > "
+            f"weights.canary.tolerance={tolerance:g} (mean {total / count:.3e})",
+            engine=e,
+            prompt=i,
         )
     return {"sync/canary_max_abs_diff": worst, "sync/canary_mean_abs_diff": total / count}

@@ -227,9 +227,9 @@ def publish(kind: str, layout: Layout) -> dict[str, Any]:
     trainer = make_trainer(model_folder(kind), layout)
     plan = trainer.weight_plan(100_000)
     location = str(FOLDER / f"channel-{kind}-{'-'.join(map(str, layout))}")
-    buckets = trainer.publish(location, 7)
-    result: dict[str, Any] = {"published": buckets is not None, "rank": dist.get_rank()}
-    if buckets is not None:
+    buckets = list(trainer.publish(location, 7))
+    result: dict[str, Any] = {"published": bool(buckets), "rank": dist.get_rank()}
+    if buckets:
         raw = torch.from_numpy(np.fromfile(location, np.uint8))
         wrong = []
         digests = [d for b in buckets for d in b.digests]

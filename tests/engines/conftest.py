@@ -7,8 +7,25 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from redone.cluster.cluster import RayCluster
 from redone.data.tiny import make_tiny_model
 from tests.engines.harness import LiveEngine, engine_config
+from tests.engines.plants import planted_cluster
+
+LAYOUT = {
+    "cluster": {"gpus_per_node": 2},
+    "trainer": {"parallel": {"tensor": 2, "expert": 2}},
+    "weights": {"delta": True},
+}
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayCluster]:
+    """A mixture of experts on two trainer ranks (TP 2 with sequence parallelism, EP 2) and one engine."""
+    work = tmp_path_factory.mktemp("cluster")
+    model = make_tiny_model(work / "model", "qwen3_moe")
+    with planted_cluster(model, work, LAYOUT) as started:
+        yield started
 
 
 @pytest.fixture(scope="session", params=["in_process_moe", "async_dense_tied"])

@@ -132,3 +132,26 @@ def test_channel_that_is_gone_is_an_error(live: LiveEngine) -> None:
         live.process.call("load", gone)
     live.push(buckets, new)
     assert_engine_holds(live, new)
+
+
+def test_swapped_tensors_are_named(live: LiveEngine) -> None:
+    """Two tensors of one shape change places in transit (two experts, in the mixture of experts)."""
+    new, buckets = live.next_weights()
+    stem = (
+        "mlp.experts.{}.up_proj.weight" if "mlp.experts.1" in str(live.plan.tensors) else "mlp.{}_proj.weight"
+    )
+    parts = ("1", "2") if "experts" in stem else ("gate", "up")
+    first, second = (
+        next(t for t in live.plan.tensors if t.name.endswith(stem.format(part))) for part in parts
+    )
+    views = [live.writer.view(t.offset, t.nbytes) for t in (first, second)]
+    kept = views[0].clone()
+    views[0].copy_(views[1])
+    views[1].copy_(kept)
+    live.process.call("begin_update", live.plan)
+    with pytest.raises(SyncError, match=f"tensor '{first.name}'.*arrived damaged"):
+        for bucket in buckets:
+            live.process.call("load", bucket)
+    live.publish(new)
+    live.push(buckets, new)
+    assert_engine_holds(live, new)

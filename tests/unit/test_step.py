@@ -103,7 +103,7 @@ def config(**algorithm: object) -> Config:
     )
 
 
-def run(cfg: Config) -> tuple[Story, Group, dict[str, float]]:
+def run(cfg: Config, keep: bool = False) -> tuple[Story, Group, dict[str, float]]:
     prompts = [
         Prompt(
             id=str(i), task="t", domain="sns", data_source="d", messages=(Message(role="user", content="?"),),
@@ -122,6 +122,7 @@ def run(cfg: Config) -> tuple[Story, Group, dict[str, float]]:
         cfg,
         (2,),
         story.span,
+        (lambda batch, parts: story.events.append(f"keep {len(batch.groups)} in {parts}")) if keep else None,
     )
     return story, group, result.metrics
 
@@ -148,6 +149,14 @@ def test_several_updates_share_one_set_of_old_logprobs() -> None:
         for trajectory in part.groups[0].trajectories:
             assert trajectory.old_logprobs is not None and (trajectory.old_logprobs == np.float32(-0.7)).all()
     assert metrics["actor/updates"] == 4
+
+
+def test_a_kept_batch_is_seen_after_the_scores_and_before_the_updates() -> None:
+    story, _, _ = run(config(ppo_mini_batch_size=2), keep=True)
+    at = story.events.index("keep 4 in 2")
+    assert "logprobs actor" in story.events[:at]
+    assert not [e for e in story.events[:at] if e.startswith("update 2")]
+    assert len([e for e in story.events[at:] if e.startswith("update 2")]) == 2
 
 
 def test_kl_asks_for_the_reference_policy() -> None:

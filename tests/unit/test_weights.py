@@ -19,7 +19,8 @@ from redone.types import WeightBucket
 from redone.weights.channel import ShmReader, ShmWriter, channel_path, sweep_stale
 from redone.weights.digest import bucket_digests, digest, verify
 from redone.weights.plan import bucket_tensors, make_plan, plan_from_json, plan_to_json
-from redone.weights.sync import canary_sequences, compare_canary
+from redone.weights.sync import Moved, canary_sequences, compare_canary
+from redone.weights.units import to_load, unit_of
 
 METAS = [
     ("embed.weight", "float32", (10, 3)),  # 120 bytes
@@ -213,7 +214,7 @@ def _scores(*rows: list[float]) -> list[np.ndarray]:
 def test_canary_reports_the_largest_and_mean_difference() -> None:
     trainer = _scores([-1.0, -2.0], [-3.0])
     close = _scores([-1.0, -2.0005], [-3.0])
-    metrics = compare_canary(trainer, [trainer, close], tolerance=1e-3, version=4)
+    metrics = compare_canary([trainer, trainer], [trainer, close], tolerance=1e-3, version=4)
     assert metrics["sync/canary_max_abs_diff"] == pytest.approx(5e-4, rel=1e-3)
     assert metrics["sync/canary_mean_abs_diff"] == pytest.approx(5e-4 / 6, rel=1e-3)
 
@@ -226,12 +227,63 @@ def test_canary_names_engine_prompt_token_values_and_tolerance(bad: float) -> No
         rf"version 4: engine 1 .*prompt 1, token 2: trainer -2\.0+, engine {bad:.6f},.*tolerance=0\.001"
     )
     with pytest.raises(SyncError, match=expected):
-        compare_canary(trainer, [trainer, wrong], tolerance=1e-3, version=4)
+        compare_canary([trainer, trainer], [trainer, wrong], tolerance=1e-3, version=4)
 
 
 def test_canary_refuses_missing_scores() -> None:
     trainer = _scores([-1.0, -2.0])
     with pytest.raises(SyncError, match="scored 1 tokens of prompt 0, the trainer 2"):
-        compare_canary(trainer, [_scores([-1.0])], tolerance=1.0, version=1)
+        compare_canary([trainer], [_scores([-1.0])], tolerance=1.0, version=1)
     with pytest.raises(SyncError, match="no engine scored anything"):
-        compare_canary(trainer, [], tolerance=1.0, version=1)
+        compare_canary([], [], tolerance=1.0, version=1)
+
+
+def test_every_flipped_bit_is_named(tmp_path: Path) -> None:
+    """A random bit of a random tensor, 300 times: the digest names that tensor, and passes when mended."""
+    plan = make_plan(METAS, 200)
+    writer = ShmWriter(str(tmp_path / "w"), plan.total_bytes)
+    rng = np.random.default_rng(5)
+    writer.view(0, plan.total_bytes).copy_(torch.from_numpy(rng.integers(0, 256, plan.total_bytes, np.uint8)))
+    buckets = [
+        WeightBucket(version=1, index=i, location=writer.location, digests=bucket_digests(plan, i, writer))
+        for i in range(len(plan.buckets))
+    ]
+    for _ in range(300):
+        i = int(rng.integers(len(buckets)))
+        victim = bucket_tensors(plan, i)[int(rng.integers(len(buckets[i].digests)))]
+        byte = writer.view(victim.offset + int(rng.integers(victim.nbytes)), 1)
+        bit = 1 << int(rng.integers(8))
+        byte.bitwise_xor_(bit)
+        with pytest.raises(SyncError, match=f"tensor '{victim.name}'"):
+            verify(plan, buckets[i], writer)
+        byte.bitwise_xor_(bit)
+        verify(plan, buckets[i], writer)
+    writer.close()
+
+
+def test_units_of_a_delta_update() -> None:
+    assert unit_of("model.layers.12.mlp.experts.3.up_proj.weight") == "model.layers.12."
+    assert unit_of("model.layers.1.input_layernorm.weight") != unit_of("model.layers.12.mlp.gate.weight")
+    assert unit_of("lm_head.weight") == "lm_head.weight"
+    plan = make_plan(METAS, 10_000)
+    bucket = WeightBucket(version=5, index=0, location="x", digests=(0,) * 4, base=4, unchanged=(1, 2))
+    tensors = bucket_tensors(plan, 0)
+    assert [t.name for t in to_load(bucket, tensors, held=4)] == ["embed.weight", "lm_head.weight"]
+    for held in (3, None):  # an engine that holds anything else loads everything
+        assert to_load(bucket, tensors, held) == list(tensors)
+    whole = dataclasses.replace(bucket, base=None)
+    assert to_load(whole, tensors, held=None) == list(tensors)
+
+
+def test_moved_bytes_are_counted() -> None:
+    plan = make_plan(METAS, 200)
+    moved = Moved(plan)
+    buckets = [
+        WeightBucket(version=2, index=0, location="x", digests=(0, 0), base=1, unchanged=(1,), written=120),
+        WeightBucket(version=2, index=1, location="x", digests=(0, 0), written=272, gathered=60),
+    ]
+    assert list(moved.watch(buckets)) == buckets
+    metrics = moved.metrics()
+    assert metrics["sync/bytes_needed"] == 120 + 16 + 120 and metrics["sync/bytes_written"] == 392
+    assert metrics["sync/bytes_ratio"] == pytest.approx(392 / 256)
+    assert metrics["sync/bytes_gathered"] == 60

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import logging
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -22,10 +23,10 @@ from redone.trainer.megatron.device import on_cpu, on_device, prepare
 from redone.trainer.megatron.export import Exporter, write_folder
 from redone.trainer.megatron.model import build_module, transformer_config, wrap
 from redone.trainer.megatron.names import hf_tensors
+from redone.trainer.megatron.publish import Publisher
 from redone.trainer.megatron.step import forward_backward, forward_logprobs
+from redone.trainer.megatron.streams import residual_streams
 from redone.types import FloatArray, Policy, Shard, UpdateReport, WeightBucket, WeightPlan
-from redone.weights.channel import ShmWriter
-from redone.weights.digest import digest
 from redone.weights.plan import make_plan
 
 log = logging.getLogger(__name__)
@@ -61,7 +62,7 @@ class MegatronTrainer:
         self.updates = 0
         self.lr_step: int | None = None
         self.plan: WeightPlan | None = None
-        self.writer: tuple[str, ShmWriter] | None = None
+        self.publisher: Publisher | None = None
 
     def _join(self, init_method: str) -> None:
         parallel = self.cfg.trainer.parallel
@@ -111,6 +112,16 @@ class MegatronTrainer:
             self._swap_reference()
 
     @on_device
+    def streams(self, shard: Shard) -> dict[str, FloatArray] | None:
+        """See redone.api."""
+        return residual_streams(
+            self.module,
+            shard,
+            lambda: forward_logprobs(self.model, shard, 1.0),
+            self.config.sequence_parallel,
+        )
+
+    @on_device
     def update(self, shard: Shard, algorithm: AlgorithmConfig) -> UpdateReport:
         """One optimizer step. Raises TrainerError, before anything changed, when the loss is not finite."""
         optim.zero_grad(self.model, self.optimizer)
@@ -136,42 +147,17 @@ class MegatronTrainer:
     def weight_plan(self, bucket_bytes: int) -> WeightPlan:
         metas = [(name, self.cfg.model.dtype, shape) for name, shape in hf_tensors(self.shape)]
         self.plan = make_plan(metas, bucket_bytes)
+        self.publisher = None
         return self.plan
 
     @on_device
-    def publish(self, location: str, version: int) -> tuple[WeightBucket, ...] | None:
-        """Collective: rank 0 writes every tensor at its place in the channel and returns the buckets."""
-        plan = self.plan or self.weight_plan(self.cfg.weights.bucket_bytes)
-        digests: dict[str, int] = {}
-        places = {meta.name: meta for meta in plan.tensors}
-        for name, tensor in self.exporter.stream(self.cfg.weights.bucket_bytes):
-            if tensor is not None:
-                meta = places[name]
-                view = self._writer(location, plan).view(meta.offset, meta.nbytes)
-                view.copy_(_bytes(tensor))
-                digests[name] = digest(view)
-        if self.rank != 0:
-            return None
-        return tuple(
-            WeightBucket(
-                version=version,
-                index=i,
-                location=location,
-                digests=tuple(digests[meta.name] for meta in plan.tensors[first:last]),
-            )
-            for i, (first, last) in enumerate(plan.buckets)
-        )
-
-    def _writer(self, location: str, plan: WeightPlan) -> ShmWriter:
-        if self.writer is None or self.writer[0] != location:
-            self._close_writer()
-            self.writer = (location, ShmWriter(location, plan.total_bytes))
-        return self.writer[1]
-
-    def _close_writer(self) -> None:
-        if self.writer is not None:
-            self.writer[1].close()
-            self.writer = None
+    def publish(self, location: str, version: int) -> Iterator[WeightBucket]:
+        """See redone.api. Rank 0 writes every tensor at its place in the channel."""
+        weights = self.cfg.weights
+        if self.publisher is None:
+            plan = self.plan or self.weight_plan(weights.bucket_bytes)
+            self.publisher = Publisher(self.exporter, plan, weights.delta)
+        return self.publisher.publish(location, version, weights.bucket_bytes)
 
     @on_device
     def save(self, path: str) -> None:
@@ -201,7 +187,8 @@ class MegatronTrainer:
     @on_device
     def close(self) -> None:
         """Leave the process group. The trainer cannot be used afterwards."""
-        self._close_writer()
+        if self.publisher is not None:
+            self.publisher.close()
         parallel_state.destroy_model_parallel()
         if self._owns_group and dist.is_initialized():
             dist.destroy_process_group()
@@ -217,8 +204,3 @@ class MegatronTrainer:
             current = parameter.detach().to("cpu", copy=True)
             parameter.copy_(kept)
             kept.copy_(current)
-
-
-def _bytes(tensor: Tensor) -> Tensor:
-    """Flat uint8 view of a tensor, on CPU."""
-    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,15 +57,17 @@ class Exporter:
         places: list[Place | None] = [None] * dist.get_world_size()
         dist.all_gather_object(places, _own_place())
         self.places = [p for p in places if p is not None]
+        self.received_bytes = 0  # from other ranks, since construction
         self.stages = parallel_state.get_pipeline_model_parallel_world_size()
         self.expert_ranks = parallel_state.get_expert_model_parallel_world_size()
 
-    def stream(self, bucket_bytes: int) -> Iterator[tuple[str, Tensor | None]]:
+    def stream(self, bucket_bytes: int, skip: Container[str] = ()) -> Iterator[tuple[str, Tensor | None]]:
         """(Hugging Face name, full tensor on rank 0 and None elsewhere), in the order of `names.hf_tensors`.
 
-        At most about `bucket_bytes` are gathered at a time. Every rank must exhaust the iterator.
+        Tensors of `skip` (all of a rule or none of it, the same on every rank) are left out. At most about
+        `bucket_bytes` are gathered at a time. Every rank must exhaust the iterator.
         """
-        for bucket in self._buckets(bucket_bytes):
+        for bucket in self._buckets(bucket_bytes, skip):
             received = self._exchange(bucket)
             for rule in bucket:
                 if dist.get_rank() == 0:
@@ -96,11 +98,13 @@ class Exporter:
     def _expert_rank(self, expert: int) -> int:
         return expert // (self.shape.num_experts // self.expert_ranks)
 
-    def _buckets(self, bucket_bytes: int) -> Iterator[list[Rule]]:
+    def _buckets(self, bucket_bytes: int, skip: Container[str]) -> Iterator[list[Rule]]:
         width = next(iter(self.parameters.values())).element_size()
         bucket: list[Rule] = []
         size = 0
         for rule in self.rules:
+            if rule.hf[0] in skip:
+                continue
             bucket.append(rule)
             size += width * sum(torch.Size(s).numel() for s in rule.hf_shapes)
             if size >= bucket_bytes:
@@ -132,6 +136,7 @@ class Exporter:
         like = next(iter(self.parameters.values()))
         flat = torch.empty(sum(s.numel() for s in shapes), dtype=like.dtype, device=like.device)
         dist.recv(flat, src=holder)
+        self.received_bytes += flat.numel() * flat.element_size()
         parts = flat.split([s.numel() for s in shapes])
         return {
             (rule.mcore, part): data.view(size)

@@ -1,0 +1,95 @@
+"""The canary on the driver: trainer against every engine, and where they begin to differ when they do."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from redone.api import EngineFleet
+from redone.config.schema import Config
+from redone.errors import RedoneError, SyncError
+from redone.types import Batch, FloatArray, TrainGroup, Trajectory
+from redone.weights.layers import Divergence, first_divergence, relative_differences
+from redone.weights.sync import CanaryError, canary_sequences, compare_canary, probe_prompt
+
+log = logging.getLogger(__name__)
+
+
+class Reference(Protocol):
+    """What the canary asks of the trainer ranks together."""
+
+    def logprobs(self, batch: Batch, *, temperature: float) -> list[list[FloatArray]]: ...
+
+    def streams(self, batch: Batch) -> Mapping[str, FloatArray]: ...
+
+
+@dataclass(frozen=True)
+class Canary:
+    """sequences: scored from scratch; probe: a prompt that engines answer from their prefix cache."""
+
+    cfg: Config
+    sequences: Sequence[Sequence[int]]
+    probe: Sequence[int]
+
+    @staticmethod
+    def of(cfg: Config, vocab_size: int) -> Canary:
+        sequences = canary_sequences(cfg.weights.canary, vocab_size, cfg.run.seed)
+        limit = cfg.model.max_model_len or cfg.data.max_prompt_length + cfg.data.max_response_length
+        return Canary(cfg, sequences, probe_prompt(sequences, limit))
+
+    def check(self, trainer: Reference, engines: EngineFleet, version: int) -> dict[str, float]:
+        """The sync/canary_* metrics. SyncError above the tolerance, with the first diverging layer's name."""
+        readings = engines.canary(self.sequences, self.probe)
+        theirs = [[*r.scores, r.probe_logprobs] for r in readings]
+        probes = [[*self.probe, *r.probe_ids.tolist()] for r in readings]
+        rows = [r[0] for r in trainer.logprobs(as_batch([*self.sequences, *probes]), temperature=1.0)]
+        count, written = len(self.sequences), len(self.probe) - 1
+        ours = [[*rows[:count], rows[count + e][written:]] for e in range(len(readings))]
+        try:
+            return compare_canary(ours, theirs, self.cfg.weights.canary.tolerance, version)
+        except CanaryError as failure:
+            where = self._locate(trainer, engines, failure)
+            raise SyncError(f"{failure}; {where}") from None
+
+    def _locate(self, trainer: Reference, engines: EngineFleet, failure: CanaryError) -> str:
+        """What differs first on the prompt that failed, in words."""
+        cached = failure.prompt == len(self.sequences)
+        sequence = self.probe if cached else self.sequences[failure.prompt]
+        try:
+            ours = trainer.streams(as_batch([sequence]))
+            found = self._compare(ours, engines.streams(failure.engine, sequence, cached))
+            if not cached or found.point is None:
+                return found.text()
+            fresh = self._compare(ours, engines.streams(failure.engine, sequence, False))
+            if fresh.point is None:
+                return (
+                    f"{found.text()}; computed from scratch the layers agree: the engine's prefix cache "
+                    "holds keys and values of older weights"
+                )
+            return fresh.text()
+        except RedoneError as error:
+            return f"the layers could not be compared: {error}"
+
+    def _compare(self, ours: Mapping[str, FloatArray], theirs: Mapping[str, FloatArray]) -> Divergence:
+        differences = relative_differences(ours, theirs)
+        for point, difference in differences.items():
+            log.info("canary: %-32s relative difference %.2e", point, difference)
+        return first_divergence(differences, self.cfg.model.dtype)
+
+
+def as_batch(sequences: Sequence[Sequence[int]]) -> Batch:
+    """Score tokens 1.. of each sequence: its first token is the prompt, the rest is the response."""
+    return Batch.of(
+        [
+            TrainGroup(
+                prompt_id=f"canary-{i}",
+                prompt_ids=np.asarray(sequence[:1], np.int32),
+                trajectories=(Trajectory.unscored(np.asarray(sequence[1:], np.int32)),),
+            )
+            for i, sequence in enumerate(sequences)
+        ]
+    )

@@ -1,0 +1,130 @@
+"""The trainer's end of the weight exchange: gather, rename, write, digest, bucket by bucket."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+import xxhash
+from torch import Tensor
+
+from redone.trainer.megatron.export import Exporter
+from redone.types import TensorMeta, WeightBucket, WeightPlan
+from redone.weights.channel import ShmWriter
+from redone.weights.digest import digest
+from redone.weights.units import unit_of
+
+CHUNK_BYTES = 1 << 18  # copied and hashed while it is in the core's cache: memory is read once, not twice
+
+
+class Publisher:
+    """Writes version after version into a channel. Every rank calls publish; rank 0 writes.
+
+    Args:
+        delta: leave out units (redone.weights.units) of which no rank's shards changed since the last time.
+    """
+
+    def __init__(self, exporter: Exporter, plan: WeightPlan, delta: bool) -> None:
+        self.exporter, self.plan, self.delta = exporter, plan, delta
+        self._digests: dict[str, int] = {}  # of what the channel holds, by Hugging Face name (rank 0)
+        self._shards: dict[str, int] = {}  # of this rank's parameters, by Megatron name
+        self._last: tuple[str, int] | None = None  # location and version of the last complete publication
+        self._writer: tuple[str, ShmWriter] | None = None
+
+    def publish(self, location: str, version: int, bucket_bytes: int) -> Iterator[WeightBucket]:
+        """Collective generator: every rank must exhaust it, rank 0 gets the buckets as they are written.
+
+        Raises SyncError when the channel has no room.
+        """
+        base = self._last[1] if self._last is not None and self._last[0] == location else None
+        self._last = None
+        skip = self._unchanged_units() if self.delta else frozenset()
+        if base is None:
+            skip = frozenset()
+        places = {meta.name: meta for meta in self.plan.tensors}
+        last_of = {self.plan.tensors[last - 1].name: i for i, (_, last) in enumerate(self.plan.buckets)}
+        written = 0
+        gathered = self.exporter.received_bytes
+        skipped = [meta.name for meta in self.plan.tensors if unit_of(meta.name) in skip]
+        done = iter(self.exporter.stream(bucket_bytes, frozenset(skipped)))
+        for name in (meta.name for meta in self.plan.tensors):
+            if name not in skipped:
+                found, tensor = next(done)
+                assert found == name, f"exporter gave {found} in the place of {name}"
+                if tensor is not None:
+                    self._digests[name] = self._write(location, places[name], tensor)
+                    written += places[name].nbytes
+            if name in last_of and dist.get_rank() == 0:
+                index = last_of[name]
+                total = self.exporter.received_bytes
+                yield self._bucket(location, version, index, skip, base, written, total - gathered)
+                written, gathered = 0, total
+        assert next(done, None) is None, "the exporter has more tensors than the plan"
+        self._last = (location, version)
+
+    def _bucket(
+        self,
+        location: str,
+        version: int,
+        index: int,
+        skip: frozenset[str],
+        base: int | None,
+        written: int,
+        gathered: int,
+    ) -> WeightBucket:
+        first, last = self.plan.buckets[index]
+        tensors = self.plan.tensors[first:last]
+        return WeightBucket(
+            version=version,
+            index=index,
+            location=location,
+            digests=tuple(self._digests[meta.name] for meta in tensors),
+            base=base if skip else None,
+            unchanged=tuple(i for i, meta in enumerate(tensors) if unit_of(meta.name) in skip),
+            written=written,
+            gathered=gathered,
+        )
+
+    def _unchanged_units(self) -> frozenset[str]:
+        """Units of which no rank's shard has another digest than at the last call."""
+        changed: set[str] = set()
+        for rule in self.exporter.rules:
+            parameter = self.exporter.parameters.get(rule.mcore)
+            if parameter is None:
+                continue
+            now = digest(_bytes(parameter))
+            if self._shards.get(rule.mcore) != now:
+                changed |= {unit_of(name) for name in rule.hf}
+            self._shards[rule.mcore] = now
+        everyone: list[set[str]] = [set()] * dist.get_world_size()
+        dist.all_gather_object(everyone, changed)
+        return frozenset({unit_of(meta.name) for meta in self.plan.tensors} - set().union(*everyone))
+
+    def _write(self, location: str, meta: TensorMeta, tensor: Tensor) -> int:
+        """Copy into the channel; the digest of what is there now."""
+        if self._writer is None or self._writer[0] != location:
+            self.close()
+            self._writer = (location, ShmWriter(location, self.plan.total_bytes))
+        view = self._writer[1].view(meta.offset, meta.nbytes)
+        source = tensor.detach()
+        if source.device.type != "cpu" or not source.is_contiguous():
+            view.view(source.dtype).view(source.shape).copy_(source)
+            return digest(view)
+        flat = source.view(-1).view(torch.uint8)
+        state = xxhash.xxh3_64()
+        for start in range(0, meta.nbytes, CHUNK_BYTES):
+            part = view[start : start + CHUNK_BYTES]
+            part.copy_(flat[start : start + CHUNK_BYTES])
+            state.update(memoryview(part.numpy()))  # type: ignore[arg-type]
+        return state.intdigest()
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer[1].close()
+            self._writer = None
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    """Flat uint8 view of a tensor, on CPU."""
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8)

@@ -1,0 +1,99 @@
+"""What goes wrong behind the digests is found by the canary, which names the layer: real ranks and engine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from redone.cluster.canary import as_batch
+from redone.cluster.cluster import RayCluster
+from redone.errors import SyncError
+from redone.weights.layers import FLOOR, point_names, relative_differences
+from tests.engines import plants
+from tests.engines.harness import HeldWeights
+from tests.engines.plants import plant, push_random
+
+NORMAL_EPSILON = 1e-6
+
+
+def check(cluster: RayCluster) -> dict[str, float]:
+    return cluster.trainers().check_canary(cluster.engines(), version=0)
+
+
+def refused(cluster: RayCluster) -> str:
+    with pytest.raises(SyncError) as caught:
+        check(cluster)
+    return str(caught.value)
+
+
+def test_streams_of_both_sides_equal_hugging_face(cluster: RayCluster) -> None:
+    """All points, tensor-parallel with sequence parallelism on the trainer's side."""
+    sequence = cluster.trainers().canary.sequences[0]
+    ours = cluster.trainers().streams(as_batch([sequence]))
+    theirs = cluster.engines().streams(0, sequence, cached=False)
+    assert list(theirs) == point_names(4) and set(ours) == set(theirs)
+    assert {s.shape for s in ours.values()} == {(len(sequence), 64)}
+    differences = relative_differences(ours, theirs)
+    assert max(differences.values()) < FLOOR["float32"], differences
+    held = HeldWeights(Path(cluster.trainers().cfg.model.path))
+    with torch.no_grad():
+        states = held.model(torch.tensor([list(sequence)]), output_hidden_states=True).hidden_states
+    expected = {"model.embed_tokens": states[0], "model.layers.1.mlp": states[2], "model.norm": states[4]}
+    for point, state in expected.items():
+        assert np.abs(state[0].numpy() - ours[point]).max() <= 1e-5, point
+
+
+def test_a_healthy_pair_passes(cluster: RayCluster) -> None:
+    assert check(cluster)["sync/canary_max_abs_diff"] <= 1e-5
+
+
+def test_a_wrong_norm_epsilon_in_layer_2_is_named_before_step_1(cluster: RayCluster) -> None:
+    """The parity gate is this check, at version 0."""
+    (engine,) = cluster.engines().peers
+    assert plant(engine, plants.norm_epsilon, 2, 1e-3) == pytest.approx(NORMAL_EPSILON)
+    message = refused(cluster)
+    plant(engine, plants.norm_epsilon, 2, NORMAL_EPSILON)
+    assert "the first diverging layer is model.layers.2, attention (input_layernorm, self_attn)" in message
+    assert "engine 0 disagrees with the trainer" in message and "weights.canary.tolerance" in message
+    check(cluster)
+
+
+def test_a_wrong_norm_in_the_trainers_mlp_is_named(cluster: RayCluster) -> None:
+    peers = cluster.trainers().peers
+    for peer in peers:
+        plant(peer, plants.trainer_mlp_epsilon, 1, 1e-3)
+    message = refused(cluster)
+    for peer in peers:
+        plant(peer, plants.trainer_mlp_epsilon, 1, NORMAL_EPSILON)
+    assert "model.layers.1, MLP (post_attention_layernorm, mlp)" in message
+
+
+def test_an_expert_corrupted_after_loading_is_named(cluster: RayCluster) -> None:
+    (engine,) = cluster.engines().peers
+    plant(engine, plants.flip_expert, 3)
+    message = refused(cluster)
+    plant(engine, plants.flip_expert, 3)
+    assert "model.layers.3, MLP" in message
+    check(cluster)
+
+
+def test_experts_that_are_not_packed_again_are_named(cluster: RayCluster) -> None:
+    (engine,) = cluster.engines().peers
+    plant(engine, plants.keep_packing, True)
+    with pytest.raises(SyncError, match=r"version 11: .*model.layers.0, MLP"):
+        push_random(cluster, 11)
+    plant(engine, plants.keep_packing, False)
+    assert push_random(cluster, 12)["sync/canary_max_abs_diff"] <= 1e-4
+
+
+def test_a_stale_cache_is_named(cluster: RayCluster) -> None:
+    (engine,) = cluster.engines().peers
+    push_random(cluster, 21)  # leaves the probe's keys and values in the cache
+    plant(engine, plants.keep_caches, True)
+    with pytest.raises(SyncError, match=r"model.layers.0, attention .*prefix cache holds keys and values"):
+        push_random(cluster, 22)
+    plant(engine, plants.keep_caches, False)
+    assert push_random(cluster, 23)["sync/canary_max_abs_diff"] <= 1e-4
