@@ -11,6 +11,8 @@ from pathlib import Path
 
 from redone import __version__
 from redone.errors import ConfigError, RedoneError
+from redone_launcher.bench import add_bench_arguments
+from redone_launcher.scale import add_scale_arguments
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +66,11 @@ def parser(planning: bool = False) -> argparse.ArgumentParser:
 
         add_plan_arguments(plan)
     plan.set_defaults(run=_plan)
+
+    bench = commands.add_parser("bench", help="measure a part of a configuration's work; compare results")
+    add_bench_arguments(bench)
+    scale = commands.add_parser("scale", help="the same work on several node counts, one report")
+    add_scale_arguments(scale)
 
     report = commands.add_parser("report", help="write a run folder's report.html again")
     report.add_argument("folder", type=Path, metavar="RUN_FOLDER")

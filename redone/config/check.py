@@ -76,6 +76,11 @@ def _lengths(cfg: Config, model_config: Mapping[str, Any] | None) -> Iterator[st
     budget = cfg.trainer.max_token_len_per_rank
     if longest > budget:
         yield f"{lengths} exceeds trainer.max_token_len_per_rank={budget}; raise it to {longest} or more"
+    if forced := [n for n in cfg.rollout.forced_lengths if n > d.max_response_length]:
+        yield (
+            f"rollout.forced_lengths holds {max(forced)}, over data.max_response_length="
+            f"{d.max_response_length}; raise the latter"
+        )
     engine_limit = cfg.model.max_model_len
     if engine_limit is not None and longest > engine_limit:
         yield f"{lengths} exceeds model.max_model_len={engine_limit}; raise it or shorten the data"

@@ -211,6 +211,11 @@ class RolloutConfig(Section):
     temperature: float = Field(1.0, gt=0, description="The trainer divides its logits by the same value.")
     top_p: float = Field(1.0, gt=0, le=1, description="Nucleus sampling.")
     top_k: int = Field(-1, ge=-1, description="-1: off.")
+    forced_lengths: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        (),
+        description="Fixed workloads (benchmarks): a group's responses have these lengths in tokens, "
+        "in turn; nothing stops them earlier.",
+    )
     replicas: int = Field(1, ge=1, description="Engines.")
     tensor_model_parallel_size: int = Field(1, ge=1, description="Ranks of one engine.")
     gpu_memory_utilization: float = Field(0.7, gt=0, le=1, description="Share of GPU memory for one engine.")
@@ -341,6 +346,7 @@ class RecordConfig(Section):
 
 class CheckpointConfig(Section):
     every: int = Field(0, ge=0, description="Save every n steps; 0: only at the end.")
+    at_end: bool = Field(True, description="Save at the end of the run as well.")
     keep: int = Field(2, ge=1, description="Checkpoints kept (the best one apart).")
     export_hf: bool = Field(True, description="Write a Hugging Face folder at the end.")
 

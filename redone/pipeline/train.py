@@ -163,7 +163,7 @@ class RlRun:
     def _save(self, step: int, last: bool) -> None:
         every = self.cfg.checkpoint.every
         is_best = self.cfg.evaluate.keep_best and self.best_step == step
-        if not (last or is_best or (every > 0 and step % every == 0)):
+        if not ((last and self.cfg.checkpoint.at_end) or is_best or (every > 0 and step % every == 0)):
             return
         state = DriverState(
             step=step,
