@@ -28,7 +28,9 @@ def add_bench_arguments(bench: argparse.ArgumentParser) -> None:
         part = parts.add_parser(name, help=f"measure {name}" if name != "all" else "every part, one start")
         part.add_argument("config", help="YAML file")
         part.add_argument("overrides", nargs="*", metavar="a.b=c", help="override a key of the configuration")
-        part.add_argument("--out", type=Path, metavar="FILE", help="JSON (default: bench-PART-NAME.json)")
+        part.add_argument(
+            "--out", type=Path, metavar="FILE", help="JSON (default: runs/bench/PART-NAME.json)"
+        )
         part.add_argument("--repeats", type=int, default=5, metavar="N", help="timed calls (default 5)")
         part.add_argument("--warmup", type=int, default=1, metavar="N", help="untimed calls before (1)")
         part.add_argument("--prompts", choices=("synthetic", "data"), default="synthetic")
@@ -120,7 +122,7 @@ def _measure(args: argparse.Namespace) -> int:
         figures=tuple(figures),
         notes=inputs.notes,
     )
-    out = args.out or Path(f"bench-{args.part}-{cfg.run.name}.json")
+    out = args.out or Path(cfg.run.dir) / "bench" / f"{args.part}-{cfg.run.name}.json"
     result.write(out)
     sys.stdout.write(table(result) + f"\n{out}\n")
     return 0

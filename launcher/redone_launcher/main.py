@@ -124,7 +124,7 @@ def _run(args: argparse.Namespace) -> int:
 def _plan(args: argparse.Namespace) -> int:
     from redone_launcher.plan import options_of, plan_command
 
-    return plan_command(args.config, args.overrides, options_of(args))
+    return plan_command(args.config, args.overrides, options_of(args), args.fit)
 
 
 def _data_prepare(args: argparse.Namespace) -> int:

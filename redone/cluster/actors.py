@@ -9,6 +9,7 @@ import socket
 import sys
 from typing import Any
 
+from redone.cluster.profile import RankProfiler
 from redone.config.schema import Config
 
 
@@ -35,6 +36,7 @@ class TrainerActor:
     def __init__(self, cfg: Config, rank: int, log_path: str) -> None:
         redirect_output(log_path, cfg.run.log_level)
         self.cfg, self.rank = cfg, rank
+        self.profiler = RankProfiler(cfg)
 
     def prepare(self) -> tuple[str, int]:
         """Import what start() needs; returns a rendezvous address (used from rank 0)."""
@@ -57,6 +59,13 @@ class TrainerActor:
     def call(self, method: str, *args: Any) -> Any:
         """One method of redone.api.Trainer."""
         return getattr(self.trainer, method)(*args)
+
+    def profile(self, path: str | None) -> str:
+        """None: start. A path: stop, and write the trace there."""
+        if path is not None:
+            return self.profiler.stop(path)
+        self.profiler.start()
+        return ""
 
     def pid(self) -> int:
         return os.getpid()

@@ -45,7 +45,7 @@ def check_config(cfg: Config, model_config: Mapping[str, Any] | None = None) -> 
     Raises ConfigError: one message that lists every problem.
     """
     problems = [*_batch(cfg), *_lengths(cfg, model_config), *_algorithm(cfg), *_evaluation(cfg), *_files(cfg)]
-    problems += [*_engines(cfg), *_layout(cfg, model_config)]
+    problems += [*_engines(cfg), *_layout(cfg, model_config), *_profile(cfg)]
     if problems:
         raise ConfigError(format_problems("configuration", problems))
     return tuple(_warnings(cfg))
@@ -188,6 +188,14 @@ def _engines(cfg: Config) -> Iterator[str]:
             f"rollout.replicas * rollout.tensor_model_parallel_size = {r.replicas * tensor} exceeds the "
             f"{c.world_size} GPUs of cluster.nodes * cluster.gpus_per_node; lower one of them"
         )
+
+
+def _profile(cfg: Config) -> Iterator[str]:
+    profile, world = cfg.record.profile, cfg.cluster.world_size
+    if profile.tool == "nsys" and cfg.cluster.device != "cuda":
+        yield "record.profile.tool=nsys needs cluster.device=cuda; use torch"
+    if profile.tool != "off" and (absent := [r for r in profile.ranks if r >= world]):
+        yield f"record.profile.ranks holds {max(absent)}; the trainer has ranks 0 .. {world - 1}"
 
 
 def _layout(cfg: Config, model_config: Mapping[str, Any] | None) -> Iterator[str]:

@@ -329,11 +329,26 @@ class ClusterConfig(Section):
     device: Literal["cpu", "cuda"] = Field("cpu", description="Where trainers and engines run.")
     nodes: int = Field(1, ge=1, description="Nodes.")
     gpus_per_node: int = Field(1, ge=1, description="Trainer ranks per node (on CPU: processes).")
+    gpu: str | None = Field(
+        None,
+        description="The GPU as `redone plan` names it: the first steps are compared with the plan's band.",
+    )
     ray: RayConfig = RayConfig()
 
     @property
     def world_size(self) -> int:
         return self.nodes * self.gpus_per_node
+
+
+class ProfileConfig(Section):
+    """A trace from a step's first update to its weight update."""
+
+    tool: Literal["off", "torch", "nsys"] = Field(
+        "off",
+        description="torch: a Chrome trace beside the rank's log. nsys: Nsight Systems on CUDA, through Ray.",
+    )
+    steps: tuple[Annotated[int, Field(ge=1)], ...] = Field((3,), description="Steps that are traced.")
+    ranks: tuple[Annotated[int, Field(ge=0)], ...] = Field((0,), description="Trainer ranks that are traced.")
 
 
 class RecordConfig(Section):
@@ -342,6 +357,7 @@ class RecordConfig(Section):
     )
     samples_per_step: int = Field(4, ge=0, description="Rollouts written per step.")
     project: str = Field("redone", description="Project name for W&B / experiment for MLflow.")
+    profile: ProfileConfig = ProfileConfig()
 
 
 class CheckpointConfig(Section):
