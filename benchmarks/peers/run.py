@@ -34,7 +34,9 @@ HERE = Path(__file__).parent
 SETTINGS = {  # name -> prompts per step, group size, response tokens
     "short": (4, 16, 8),
     "long": (2, 16, 64),
+    "smoke": (1, 2, 2),  # that both sides run; no result
 }
+DEFAULT = ("short", "long")
 MEMORY_PERIOD_S = 0.5
 
 
@@ -210,10 +212,10 @@ def main() -> None:
     )
     parser.add_argument("--trl", type=Path, required=True, help="python of TRL's environment")
     parser.add_argument("--assets", type=Path, default=Path(os.environ.get("REDONE_ASSETS", "assets")))
-    parser.add_argument("--setting", choices=[*SETTINGS], action="append", help="default: all")
+    parser.add_argument("--setting", choices=[*SETTINGS], action="append", help="default: short, long")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--warmup", type=int, default=1)
-    parser.add_argument("--micro-batch", type=int, default=64, help="sequences of one TRL forward")
+    parser.add_argument("--micro-batch", type=int, default=16, help="sequences of one TRL forward")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--note", default="", help="what else a reader must know, e.g. other load")
     parser.add_argument("--allow-dirty", action="store_true")
@@ -221,7 +223,7 @@ def main() -> None:
     commit = commit_of()
     require_clean(commit, args.allow_dirty)
     load = os.getloadavg()[0]
-    found = {name: compare(args, name) for name in args.setting or SETTINGS}
+    found = {name: compare(args, name) for name in args.setting or DEFAULT}
     result = {
         "benchmark": "peers: TRL GRPOTrainer against redone, one RL step",
         "commit": commit.id,

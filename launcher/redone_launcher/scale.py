@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 from collections import Counter
 from pathlib import Path
@@ -25,6 +26,13 @@ def add_scale_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--warmup", type=int, default=1, metavar="N", help="steps not counted (default 1)")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="default: runs/scale-NAME")
     parser.add_argument("--slurm", action="store_true", help="submit one job per run; else run here")
+    parser.add_argument("--site", metavar="FILE", help="with --slurm: passed on to redone submit")
+    parser.add_argument(
+        "--report-sbatch",
+        default="",
+        metavar="WORDS",
+        help="sbatch options of the job that writes the report",
+    )
     parser.add_argument(
         "--serial", action="store_true", help="with --slurm: every job waits for the one before it"
     )
@@ -61,7 +69,7 @@ def scale_command(args: argparse.Namespace) -> int:
         return 0
     open_folder(folder, sweep)
     if args.report is None:
-        _run(folder, sweep, todo, serial=args.serial)
+        _run(folder, sweep, todo, _launcher(args, folder, sweep), serial=args.serial)
     path, states = _report(folder, sweep, todo)
     told = ", ".join(f"{count} {state}" for state, count in states.items())
     sys.stdout.write(f"{told} of {len(todo)} runs; {path}\n")
@@ -104,13 +112,25 @@ def _numbers(option: str, text: str) -> tuple[int, ...]:
         raise ConfigError(f"{option} {text}: whole numbers with commas, e.g. 1,2,4") from None
 
 
-def _run(folder: Path, sweep: Any, todo: list[Any], *, serial: bool) -> None:
-    """Start what is neither done nor queued; the report is written after every run."""
+def _launcher(args: argparse.Namespace, folder: Path, sweep: Any) -> Any:
     from redone.scaling.launch import LocalLauncher, SubmitLauncher
+
+    if sweep.simulated:
+        return LocalLauncher(folder, sweep)
+    site = ["--site", args.site] if args.site else []
+    return SubmitLauncher(folder, sweep, site, shlex.split(args.report_sbatch))
+
+
+def _run(folder: Path, sweep: Any, todo: list[Any], launcher: Any, *, serial: bool) -> None:
+    """Start what is neither done nor queued; the report is written after every run."""
+    from redone.scaling.launch import living
     from redone.scaling.sweep import clear, read_jobs, state, write_jobs
 
-    launcher = LocalLauncher(folder, sweep) if sweep.simulated else SubmitLauncher(folder, sweep)
     jobs = read_jobs(folder)
+    if not sweep.simulated:  # a job that ended without its steps is run again
+        alive = living(list(jobs.values()))
+        jobs = {point: job for point, job in jobs.items() if job in alive}
+        write_jobs(folder, jobs)
     started: list[str] = []
     missing = [p for p in todo if state(folder, sweep, p) in ("missing", "failed")]
     for number, point in enumerate(missing, start=1):

@@ -97,7 +97,8 @@ class RlRun:
             self.observer.step(step, {**result.metrics, **self._validate(step, last)})
             self.last_step = step
             stop = self._stalled()
-            self._save(step, last=step == last or stop)
+            at_end = self.cfg.checkpoint.at_end and (step == last or stop)
+            self._save(step, last=at_end)
             if stop:
                 self._note(f"early stop at step {step}: validation has not improved since {self.best_step}")
                 break
@@ -163,7 +164,7 @@ class RlRun:
     def _save(self, step: int, last: bool) -> None:
         every = self.cfg.checkpoint.every
         is_best = self.cfg.evaluate.keep_best and self.best_step == step
-        if not ((last and self.cfg.checkpoint.at_end) or is_best or (every > 0 and step % every == 0)):
+        if not (last or is_best or (every > 0 and step % every == 0)):
             return
         state = DriverState(
             step=step,

@@ -50,13 +50,18 @@ class LocalLauncher:
 
 
 class SubmitLauncher:
-    """`redone submit CONFIG --nodes N --after ID,ID a.b=c ...`, which prints `job <id>`."""
+    """`redone submit CONFIG --nodes N --dependency afterany:ID a.b=c ...`, which prints `job <id> submitted`.
 
-    def __init__(self, folder: Path, sweep: Sweep, extra: Sequence[str] = ()) -> None:
-        self.folder, self.sweep, self.extra = folder, sweep, tuple(extra)
+    `extra`: more words for it (--site FILE); `report`: sbatch options of the job that writes the report.
+    """
+
+    def __init__(
+        self, folder: Path, sweep: Sweep, extra: Sequence[str] = (), report: Sequence[str] = ()
+    ) -> None:
+        self.folder, self.sweep, self.extra, self.report = folder, sweep, tuple(extra), tuple(report)
 
     def command(self, point: Point, after: Sequence[str]) -> list[str]:
-        waits = ["--after", ",".join(after)] if after else []
+        waits = ["--dependency", "afterany:" + ":".join(after)] if after else []
         nodes = ["--nodes", str(point.nodes)]
         return [*REDONE, "submit", self.sweep.config, *nodes, *waits, *self.extra, *point.overrides]
 
@@ -64,13 +69,13 @@ class SubmitLauncher:
         return job_id(self.command(point, after))
 
     def finish(self, after: Sequence[str]) -> str:
-        """A small job that only reads: sbatch itself, with the site's defaults."""
+        """A small job that only reads."""
         again = " ".join([*REDONE, "scale", "--report", str(self.folder.resolve())])
         command = ["sbatch", "--job-name=redone-scale-report", "--nodes=1", "--ntasks=1", "--time=00:10:00"]
         command.append(f"--output={self.folder.resolve() / 'report.log'}")
         if after:
             command.append("--dependency=afterany:" + ":".join(after))
-        return job_id([*command, f"--wrap={again}"])
+        return job_id([*command, *self.report, f"--wrap={again}"])
 
 
 def job_id(command: Sequence[str]) -> str:
@@ -86,3 +91,19 @@ def job_id(command: Sequence[str]) -> str:
     if done.returncode or not found:
         raise RedoneError(f"a point could not be submitted: {said.splitlines()[-1] if said else 'no answer'}")
     return found.group(1)
+
+
+def living(jobs: Sequence[str]) -> set[str]:
+    """Those of `jobs` that SLURM still has queued or running. Raises RedoneError when it gives no answer."""
+    if not jobs:
+        return set()
+    command = ["squeue", "--noheader", "--format=%i", f"--jobs={','.join(jobs)}"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    except FileNotFoundError:
+        raise RedoneError("squeue is not there: is this a SLURM login node?") from None
+    except subprocess.TimeoutExpired:
+        raise RedoneError("squeue gave no answer in 60 s: is slurmctld alive?") from None
+    if done.returncode and "Invalid job id" not in done.stderr:
+        raise RedoneError(f"squeue: {done.stderr.strip()}")
+    return set(done.stdout.split())

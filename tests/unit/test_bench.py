@@ -267,14 +267,14 @@ def test_train_makes_all_updates_of_a_batch() -> None:
 
 
 def test_rollout_asks_for_fixed_lengths_of_new_prompts() -> None:
-    used = bench()
+    used = bench(roof=replace(ROOF, copy_bytes_s=1e6))
     seconds, speed = run_part("rollout", used)
     asked = used.engines.asked  # type: ignore[union-attr]
     assert len(asked) == 3 * 4 and len({prompt for prompt, _, _ in asked}) == 12
     assert all(s.lengths == (4, 4, 4, 4) and s.ignore_eos and n == 4 for _, s, n in asked)
     assert speed.values[0] * seconds.values[0] == pytest.approx(4 * 4 * 4)
     assert seconds.ceiling_of == "weights read per decode step"
-    assert seconds.ceiling == pytest.approx(4 * weight_bytes(HF, "float32") / 1e8)
+    assert seconds.ceiling == pytest.approx(4 * weight_bytes(HF, "float32") / 1e6)
 
 
 def test_sync_pushes_new_versions() -> None:
