@@ -49,6 +49,8 @@ def overrides(work: dict[str, Any]) -> list[str]:
         "trainer.optim.lr_warmup_steps=0",
         "trainer.optim.betas=[0.9,0.999]",
         "evaluate.baselines=[]",
+        "evaluate.every=0",
+        "evaluate.keep_best=false",
     ]
 
 

@@ -49,6 +49,7 @@ def add_scale_arguments(parser: argparse.ArgumentParser) -> None:
 
 def scale_command(args: argparse.Namespace) -> int:
     """Exit code 1 when a run failed. Raises RedoneError with what to change."""
+    from redone.config.check import check_config, read_model_config
     from redone.config.load import load_config
     from redone.scaling.sweep import open_folder, points, read_sweep
 
@@ -61,8 +62,9 @@ def scale_command(args: argparse.Namespace) -> int:
         folder = args.out or Path(cfg.run.dir) / f"scale-{cfg.run.name}"
     cfg = load_config(sweep.config, sweep.overrides)
     todo = points(sweep, cfg, folder)
-    for point in todo:
-        load_config(sweep.config, point.overrides)  # every point is legal before the first one starts
+    for point in todo if args.report is None else ():  # all of them, before the first one starts
+        one = load_config(sweep.config, point.overrides)
+        check_config(one, read_model_config(one.model.path))
     if args.dry_run:
         for point in todo:
             sys.stdout.write(f"{point.id}: {' '.join(point.overrides)}\n")

@@ -115,6 +115,7 @@ def _overrides(point: Point, sweep: Sweep, cfg: Config, folder: Path) -> Iterato
     yield f"algorithm.total_steps={sweep.steps}"
     yield from ("algorithm.filter_groups.enable=false", "data.val=[]", "data.test=[]")
     yield from ("evaluate.every=0", "evaluate.before_train=false", "evaluate.baselines=[]")
+    yield from ("evaluate.keep_best=false", "evaluate.early_stop.enable=false")
     yield from ("checkpoint.every=0", "checkpoint.at_end=false", "checkpoint.export_hf=false")
     yield from (f"run.seed={point.seed}", f"run.dir={folder / 'points'}", f"run.name={point.id}")
 
