@@ -222,22 +222,24 @@ def main() -> None:
     args = parser.parse_args()
     commit = commit_of()
     require_clean(commit, args.allow_dirty)
-    load = os.getloadavg()[0]
-    found = {name: compare(args, name) for name in args.setting or DEFAULT}
-    result = {
+    result: dict[str, Any] = {
         "benchmark": "peers: TRL GRPOTrainer against redone, one RL step",
         "commit": commit.id,
         "dirty": bool(commit.dirty),
         "device": processor(),
         "cores": len(os.sched_getaffinity(0)),
-        "load_before": load,
         "warmup": args.warmup,
         "note": args.note,
-        "settings": found,
+        "settings": {},
     }
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    for name, one in found.items():
+    if args.out.exists() and (before := json.loads(args.out.read_text()))["commit"] == commit.id:
+        result["settings"] |= before["settings"]  # measured by an earlier call on the same code
+    for name in args.setting or DEFAULT:
+        load = os.getloadavg()[0]
+        one = compare(args, name) | {"load_before": load, "load_after": os.getloadavg()[0]}
+        result["settings"][name] = one
+        args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         medians, peaks = one["medians"], one["peak_bytes"]
         print(
             f"{name}: redone {medians['redone']:.1f} s, TRL {medians['trl']:.1f} s: {one['ratio']:.2f} x; "

@@ -12,6 +12,7 @@ import pytest
 from redone_launcher.scale import _report, _run
 
 from redone.bench.roofline import Roofline
+from redone.config.check import check_config
 from redone.config.load import load_config
 from redone.errors import ConfigError, RedoneError, RunFolderError
 from redone.scaling import launch
@@ -22,7 +23,7 @@ from redone.scaling.sweep import Point, Sweep, open_folder, points, read_jobs, r
 
 CONFIG = """
 model: {path: MODEL, dtype: float32}
-data: {train: [x], max_prompt_length: 64, max_response_length: 16}
+data: {train: [TRAIN], max_prompt_length: 64, max_response_length: 16}
 rewards: {default: {family: exact}}
 algorithm: {train_batch_size: 8, ppo_mini_batch_size: 4}
 rollout: {n: 4, forced_lengths: [4, 16]}
@@ -39,7 +40,9 @@ ROOF = Roofline(device="x", dtype="float32", threads=1, matmul_flops=4e10, copy_
 def place(tmp_path: Path) -> Path:
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text(json.dumps(HF))
-    (tmp_path / "c.yaml").write_text(CONFIG.replace("MODEL", str(tmp_path / "model")))
+    (tmp_path / "train.jsonl").touch()
+    text = CONFIG.replace("MODEL", str(tmp_path / "model")).replace("TRAIN", str(tmp_path / "train.jsonl"))
+    (tmp_path / "c.yaml").write_text(text)
     return tmp_path
 
 
@@ -97,6 +100,7 @@ def test_points_fix_the_work(place: Path) -> None:
         assert (cfg.cluster.world_size, cfg.algorithm.train_batch_size) == (ranks, batch)
         assert cfg.algorithm.train_batch_size == 2 * cfg.algorithm.ppo_mini_batch_size
         assert cfg.rollout.replicas == 1 and not cfg.algorithm.filter_groups.enable
+        check_config(cfg, HF)
         assert not cfg.checkpoint.at_end and cfg.evaluate.every == 0 and cfg.algorithm.total_steps == 3
 
 
