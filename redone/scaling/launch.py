@@ -13,7 +13,7 @@ from redone.errors import RedoneError
 from redone.scaling.sweep import Point, Sweep
 
 REDONE = (sys.executable, "-m", "redone_launcher.main")
-JOB = re.compile(r"\bjob (\d+)\b", re.IGNORECASE)
+JOB = re.compile(r"\bjob (\d+) submitted|Submitted batch job (\d+)")  # redone submit | sbatch
 
 
 class Launcher(Protocol):
@@ -90,7 +90,7 @@ def job_id(command: Sequence[str]) -> str:
     found = JOB.search(said)
     if done.returncode or not found:
         raise RedoneError(f"a point could not be submitted: {said.splitlines()[-1] if said else 'no answer'}")
-    return found.group(1)
+    return found[1] or found[2]
 
 
 def living(jobs: Sequence[str]) -> set[str]:

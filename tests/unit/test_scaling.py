@@ -238,8 +238,11 @@ def test_jobs_depend_on_each_other(place: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_refused_submission_is_told(place: Path) -> None:
-    say = "import sys; print('Submitted batch job 77')"
-    assert job_id([sys.executable, "-c", say]) == "77"
+    for said, job in (
+        ("Submitted batch job 77", "77"),
+        ("note: waits for job 5\njob 78 submitted: redone status x", "78"),
+    ):
+        assert job_id([sys.executable, "-c", f"print({said!r})"]) == job
     with pytest.raises(RedoneError, match="no such partition"):
         job_id([sys.executable, "-c", "import sys; sys.exit('no such partition')"])
     with pytest.raises(RedoneError, match="is not there"):
