@@ -73,9 +73,10 @@ def scale_command(args: argparse.Namespace) -> int:
         folder = args.out or Path(cfg.run.dir) / f"scale-{cfg.run.name}"
     cfg = load_config(sweep.config, sweep.overrides)
     todo = points(sweep, cfg, folder)
-    for point in todo if args.report is None else ():  # all of them, before the first one starts
+    for point in todo:  # all of them, before the first one starts; redone submit checks for itself
         one = load_config(sweep.config, point.overrides)
-        check_config(one, read_model_config(one.model.path))
+        if sweep.simulated and args.report is None:
+            check_config(one, read_model_config(one.model.path))
     if args.dry_run:
         for point in todo:
             sys.stdout.write(f"{point.id}: {' '.join(point.overrides)}\n")

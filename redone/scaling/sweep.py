@@ -24,7 +24,8 @@ State = Literal["done", "queued", "failed", "missing"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sweep:
-    """One experiment. The configuration describes the work of the smallest node count."""
+    """One experiment. The configuration's batch is that of the smallest node count, its engines are those of
+    its own cluster.nodes."""
 
     config: str
     overrides: tuple[str, ...]
@@ -102,7 +103,8 @@ def _overrides(point: Point, sweep: Sweep, cfg: Config, folder: Path) -> Iterato
     else:
         yield f"cluster.nodes={point.nodes}"
     if sweep.scale_engines:
-        yield f"rollout.replicas={max(1, round(cfg.rollout.replicas * factor))}"
+        nodes_of_config = 1 if sweep.simulated else cfg.cluster.nodes
+        yield f"rollout.replicas={max(1, round(cfg.rollout.replicas * point.nodes / nodes_of_config))}"
     if "weak" in point.modes and factor != 1:
         for key in ("train_batch_size", "ppo_mini_batch_size"):
             size = getattr(cfg.algorithm, key) * factor

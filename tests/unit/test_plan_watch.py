@@ -28,7 +28,7 @@ HF: dict[str, Any] = dict(
 
 
 def nemo(*overrides: str) -> Config:
-    return load_config(SCALING / "nemo_v06.yaml", overrides)
+    return load_config(SCALING / "nemo_v06.yaml", ["cluster.nodes=4", "rollout.replicas=16", *overrides])
 
 
 def metrics(seconds: float) -> dict[str, float]:
