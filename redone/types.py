@@ -61,6 +61,7 @@ class Sampling:
     max_tokens: int
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    lengths: tuple[int, ...] = ()  # one per seed: exactly so many tokens (fixed workloads), with ignore_eos
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

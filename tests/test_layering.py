@@ -40,8 +40,12 @@ ALLOWED: dict[str, set[str]] = {
     "engine": BACKEND,
     "evaluate": PURE,
     "pipeline": PURE | {"evaluate"},
+    "bench": PURE | {"pipeline"},
+    "scaling": PURE | {"bench"},
     "cluster": PURE | {"trainer", "engine"},
-    "redone_launcher": PURE | {"evaluate", "pipeline", "cluster", "trainer", "engine", "redone_kernels"},
+    "redone_launcher": PURE
+    | {"evaluate", "pipeline", "cluster", "trainer", "engine", "redone_kernels"}
+    | {"bench", "scaling"},
 }
 TYPES_FOR_ALL = ("redone.config.schema", "redone.api")  # in `if TYPE_CHECKING:` blocks they couple nothing
 

@@ -11,6 +11,8 @@ from pathlib import Path
 
 from redone import __version__
 from redone.errors import ConfigError, RedoneError
+from redone_launcher.bench import add_bench_arguments
+from redone_launcher.scale import add_scale_arguments
 
 log = logging.getLogger(__name__)
 
@@ -80,6 +82,10 @@ def parser(words: Sequence[str] = ()) -> argparse.ArgumentParser:
     replay.add_argument("--step", type=int, required=True, help="step whose batch is run again")
     replay.add_argument("overrides", nargs="*", metavar="a.b=c", help="override a key of the configuration")
     replay.set_defaults(run=_replay)
+    bench = commands.add_parser("bench", help="measure a part of a configuration's work; compare results")
+    add_bench_arguments(bench)
+    scale = commands.add_parser("scale", help="the same work on several node counts, one report")
+    add_scale_arguments(scale)
 
     report = commands.add_parser("report", help="write a run folder's report.html again")
     report.add_argument("folder", type=Path, metavar="RUN_FOLDER")
@@ -144,7 +150,7 @@ def _run(args: argparse.Namespace) -> int:
 def _plan(args: argparse.Namespace) -> int:
     from redone_launcher.plan import options_of, plan_command
 
-    return plan_command(args.config, args.overrides, options_of(args))
+    return plan_command(args.config, args.overrides, options_of(args), args.fit)
 
 
 def _eval(args: argparse.Namespace) -> int:

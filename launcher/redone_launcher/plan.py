@@ -16,6 +16,7 @@ from redone.planner.hardware import GPUS
 from redone.planner.lengths import SIGMA
 from redone.planner.report import Options, Plan, gate, make_plan
 from redone.planner.text import render
+from redone.planner.watch import read_multiplier
 
 EXIT_BLOCKED = 1
 
@@ -39,6 +40,9 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cpu-optimizer", action="store_true", help="optimizer states live on the host")
     parser.add_argument(
         "--rollout-nodes", type=int, default=0, metavar="N", help="nodes for engines alone (asynchronous)"
+    )
+    parser.add_argument(
+        "--fit", type=Path, metavar="RUN_FOLDER", help="a run's measured steps re-fit the prediction"
     )
 
 
@@ -66,8 +70,22 @@ def build_plan(config: str | Path, overrides: Sequence[str], options: Options) -
     return make_plan(cfg, read_sizes(cfg.model.path), options)
 
 
-def plan_command(config: str | Path, overrides: Sequence[str], options: Options) -> int:
+def plan_command(
+    config: str | Path, overrides: Sequence[str], options: Options, fit: Path | None = None
+) -> int:
     """Print the plan. Exit code 1 when the gate blocks, else 0."""
     plan = build_plan(config, overrides, options)
     sys.stdout.write(render(plan) + "\n")
+    if fit is not None:
+        sys.stdout.write(refitted(plan, fit) + "\n")
     return EXIT_BLOCKED if gate(plan) else 0
+
+
+def refitted(plan: Plan, folder: Path) -> str:
+    """The step with the multiplier of a measured run. Raises ConfigError when the folder has none."""
+    multiplier, band = read_multiplier(folder)
+    step = plan.chosen.seconds.step * multiplier
+    return (
+        f"\nre-fitted by {folder}: x {multiplier:.2f} = {step:.1f} s a step, "
+        f"P10-P90 {step / band:.1f} .. {step * band:.1f}"
+    )

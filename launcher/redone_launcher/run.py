@@ -24,6 +24,7 @@ from redone.evaluate.runner import Evaluation
 from redone.pipeline.folder import RunFolder
 from redone.pipeline.outcome import baseline_evaluations, summarise_run
 from redone.pipeline.train import RlRun
+from redone.planner.watch import PlanWatch
 from redone.record.metrics import Recorder
 from redone.record.report import write_report
 from redone.record.sinks import check_loggers
@@ -46,6 +47,7 @@ class Inputs:
     test: tuple[Prompt, ...]
     rewards: RewardPool
     notes: tuple[str, ...]
+    watch: PlanWatch | None  # compares the first steps with the planner's band
 
 
 def run_command(config: Path | None, overrides: Sequence[str], resume: Path | None) -> None:
@@ -75,7 +77,8 @@ def run_command(config: Path | None, overrides: Sequence[str], resume: Path | No
 def load_inputs(cfg: Config) -> Inputs:
     """Raises RedoneError on anything that would stop the run later."""
     check_loggers(cfg.record.loggers)
-    notes = list(check_config(cfg, read_model_config(cfg.model.path)))
+    model_config = read_model_config(cfg.model.path)
+    notes = list(check_config(cfg, model_config))
     chat = load_chat(cfg.model)
     sets = {name: load_prompts(getattr(cfg.data, name), cfg, chat) for name in ("train", "val", "test")}
     for name, found in sets.items():
@@ -93,6 +96,7 @@ def load_inputs(cfg: Config) -> Inputs:
         test=sets["test"].prompts,
         rewards=rewards,
         notes=tuple(notes),
+        watch=PlanWatch.of(cfg, model_config),
     )
 
 
@@ -115,6 +119,7 @@ def train(cfg: Config, folder: RunFolder, inputs: Inputs, resumed: bool) -> None
         devices=cfg.cluster.world_size,
         name=cfg.run.name,
         config=cfg.model_dump(mode="json"),
+        listener=inputs.watch.listener(folder.path) if inputs.watch else None,
     )
     cluster, finished = None, False
     try:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from redone.cluster.health import Pulse
+from redone.cluster.profile import RankProfiler
 from redone.config.schema import Config
 
 
@@ -38,6 +39,7 @@ class TrainerActor:
         redirect_output(log_path, cfg.run.log_level)
         self.cfg, self.rank = cfg, rank
         self.pulse = Pulse(log_path, cfg.cluster.health_timeout_s, children=False)
+        self.profiler = RankProfiler(cfg)
 
     def prepare(self) -> tuple[str, int]:
         """Import what start() needs; returns a rendezvous address (used from rank 0)."""
@@ -74,6 +76,13 @@ class TrainerActor:
         """The same on a rank that has nothing to say."""
         for _ in self.stream(method, *args):
             pass
+
+    def profile(self, path: str | None) -> str:
+        """None: start. A path: stop, and write the trace there."""
+        if path is not None:
+            return self.profiler.stop(path)
+        self.profiler.start()
+        return ""
 
     def pid(self) -> int:
         return os.getpid()

@@ -16,6 +16,7 @@ from redone.cluster.actors import EngineActor, TrainerActor
 from redone.cluster.engines import RayEngineFleet
 from redone.cluster.health import Watch
 from redone.cluster.placement import RayHost, Seat, engine_seats, trainer_seats
+from redone.cluster.profile import runtime_env
 from redone.cluster.remote import Peer, join
 from redone.cluster.trainers import RayTrainerGroup
 from redone.config.schema import Config
@@ -64,8 +65,11 @@ class RayCluster:
 
     def _spawn(self, actor: type, name: str, log_name: str, seat: Seat, *args: Any) -> Peer:
         path = str(self.log_dir / f"{log_name}.log")
+        env: dict[str, Any] = {"env_vars": seat.env}
+        if actor is TrainerActor:
+            env |= runtime_env(self.cfg, args[0])
         options = dict(
-            num_cpus=1, runtime_env={"env_vars": seat.env}, scheduling_strategy=self.host.strategy(seat),
+            num_cpus=1, runtime_env=env, scheduling_strategy=self.host.strategy(seat),
             max_concurrency=1 if actor is TrainerActor else 1000,
         )  # fmt: skip
         handle = ray.remote(actor).options(**options).remote(self.cfg, *args, path)

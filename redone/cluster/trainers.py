@@ -11,6 +11,7 @@ from ray.exceptions import RayError
 
 from redone.api import EngineFleet
 from redone.cluster.canary import Canary
+from redone.cluster.profile import trace_path
 from redone.cluster.remote import Peer, blame, join
 from redone.config.schema import AlgorithmConfig, Config
 from redone.data.pack import build_shards, plan_step, scatter_rows
@@ -30,6 +31,7 @@ class RayTrainerGroup:
         self.plan: WeightPlan = self._call("weight_plan", cfg.weights.bucket_bytes)[0]
         self.canary = Canary.of(cfg, int(infos[0]["vocab_size"]))
         self.pushes = 0
+        self.profiled_step: int | None = None
 
     def _call(self, method: str, *args: Any) -> list[Any]:
         refs = [p.handle.call.remote(method, *args) for p in self.peers]
@@ -59,6 +61,8 @@ class RayTrainerGroup:
         return scatter_rows(batch, plan, by_rank)
 
     def update(self, part: Batch, algorithm: AlgorithmConfig, step: int) -> UpdateReport:
+        if step in self.cfg.record.profile.steps and self.profiled_step is None:
+            self._profile(step)
         self._call("set_lr_step", step - 1)
         _, reports = self._call_sharded("update", part, algorithm)
         report: UpdateReport = reports[0]
@@ -105,7 +109,21 @@ class RayTrainerGroup:
     def awake(self) -> Iterator[None]:
         self._call("wake")
         yield  # no finally: after an error the ranks may hang in a collective, and sleep would wait for them
+        if self.profiled_step is not None:
+            self._profile(None)
         self._call("sleep")
+
+    def _profile(self, step: int | None) -> None:
+        """Start a trace of step `step`, or end the one that runs, on record.profile.ranks."""
+        profile = self.cfg.record.profile
+        if profile.tool == "off":
+            return
+        peers = [self.peers[rank] for rank in profile.ranks]
+        of = self.profiled_step
+        paths = [None if of is None else trace_path(peer.log_path, of) for peer in peers]
+        refs = [p.handle.profile.remote(path) for p, path in zip(peers, paths, strict=True)]
+        join(peers, refs, "profile", self.cfg.trainer.timeout_s, TrainerError)
+        self.profiled_step = step
 
     def save(self, path: str) -> None:
         self._call("save", path)

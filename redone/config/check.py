@@ -45,7 +45,7 @@ def check_config(cfg: Config, model_config: Mapping[str, Any] | None = None) -> 
     Raises ConfigError: one message that lists every problem.
     """
     problems = [*_batch(cfg), *_lengths(cfg, model_config), *_algorithm(cfg), *_evaluation(cfg), *_files(cfg)]
-    problems += [*_engines(cfg), *_layout(cfg, model_config)]
+    problems += [*_engines(cfg), *_layout(cfg, model_config), *_profile(cfg)]
     if problems:
         raise ConfigError(format_problems("configuration", problems))
     return tuple(_warnings(cfg))
@@ -76,6 +76,11 @@ def _lengths(cfg: Config, model_config: Mapping[str, Any] | None) -> Iterator[st
     budget = cfg.trainer.max_token_len_per_rank
     if longest > budget:
         yield f"{lengths} exceeds trainer.max_token_len_per_rank={budget}; raise it to {longest} or more"
+    if forced := [n for n in cfg.rollout.forced_lengths if n > d.max_response_length]:
+        yield (
+            f"rollout.forced_lengths holds {max(forced)}, over data.max_response_length="
+            f"{d.max_response_length}; raise the latter"
+        )
     engine_limit = cfg.model.max_model_len
     if engine_limit is not None and longest > engine_limit:
         yield f"{lengths} exceeds model.max_model_len={engine_limit}; raise it or shorten the data"
@@ -185,6 +190,14 @@ def _engines(cfg: Config) -> Iterator[str]:
             f"rollout.replicas * rollout.tensor_model_parallel_size = {r.replicas * tensor} exceeds the "
             f"{c.world_size} GPUs of cluster.nodes * cluster.gpus_per_node; lower one of them"
         )
+
+
+def _profile(cfg: Config) -> Iterator[str]:
+    profile, world = cfg.record.profile, cfg.cluster.world_size
+    if profile.tool == "nsys" and cfg.cluster.device != "cuda":
+        yield "record.profile.tool=nsys needs cluster.device=cuda; use torch"
+    if profile.tool != "off" and (absent := [r for r in profile.ranks if r >= world]):
+        yield f"record.profile.ranks holds {max(absent)}; the trainer has ranks 0 .. {world - 1}"
 
 
 def _layout(cfg: Config, model_config: Mapping[str, Any] | None) -> Iterator[str]:

@@ -215,6 +215,11 @@ class RolloutConfig(Section):
     temperature: float = Field(1.0, gt=0, description="The trainer divides its logits by the same value.")
     top_p: float = Field(1.0, gt=0, le=1, description="Nucleus sampling.")
     top_k: int = Field(-1, ge=-1, description="-1: off.")
+    forced_lengths: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        (),
+        description="Fixed workloads (benchmarks): a group's responses have these lengths in tokens, "
+        "in turn; nothing stops them earlier.",
+    )
     replicas: int = Field(1, ge=1, description="Engines.")
     tensor_model_parallel_size: int = Field(1, ge=1, description="Ranks of one engine.")
     gpu_memory_utilization: float = Field(0.7, gt=0, le=1, description="Share of GPU memory for one engine.")
@@ -348,11 +353,26 @@ class ClusterConfig(Section):
         description="A process without a sign of life for so long is ended: a trainer rank ends the run, an "
         "engine is started again.",
     )
+    gpu: str | None = Field(
+        None,
+        description="The GPU as `redone plan` names it: the first steps are compared with the plan's band.",
+    )
     ray: RayConfig = RayConfig()
 
     @property
     def world_size(self) -> int:
         return self.nodes * self.gpus_per_node
+
+
+class ProfileConfig(Section):
+    """A trace from a step's first update to its weight update."""
+
+    tool: Literal["off", "torch", "nsys"] = Field(
+        "off",
+        description="torch: a Chrome trace beside the rank's log. nsys: Nsight Systems on CUDA, through Ray.",
+    )
+    steps: tuple[Annotated[int, Field(ge=1)], ...] = Field((3,), description="Steps that are traced.")
+    ranks: tuple[Annotated[int, Field(ge=0)], ...] = Field((0,), description="Trainer ranks that are traced.")
 
 
 class RecordConfig(Section):
@@ -367,10 +387,12 @@ class RecordConfig(Section):
         "none. Each costs the size of a checkpoint.",
     )
     project: str = Field("redone", description="Project name for W&B / experiment for MLflow.")
+    profile: ProfileConfig = ProfileConfig()
 
 
 class CheckpointConfig(Section):
     every: int = Field(0, ge=0, description="Save every n steps; 0: only at the end.")
+    at_end: bool = Field(True, description="Save at the end of the run as well.")
     keep: int = Field(2, ge=1, description="Checkpoints kept (the best one apart).")
     export_hf: bool = Field(True, description="Write a Hugging Face folder at the end.")
 

@@ -186,12 +186,13 @@ class VllmCore(ABC):
 
     async def generate(self, prompt: list[int], sampling: Sampling, seeds: Sequence[int]) -> list[Completion]:
         """One request per seed; completions without text."""
+        limits = sampling.lengths or (sampling.max_tokens,) * len(seeds)
         params = [
             SamplingParams(
                 temperature=sampling.temperature,
                 top_p=sampling.top_p,
                 top_k=sampling.top_k,
-                max_tokens=sampling.max_tokens,
+                max_tokens=limit,
                 stop_token_ids=list(sampling.stop_token_ids),
                 # Else vLLM adds end tokens of generation_config.json; the caller has named them all.
                 ignore_eos=True,
@@ -200,7 +201,7 @@ class VllmCore(ABC):
                 detokenize=False,
                 output_kind=RequestOutputKind.FINAL_ONLY,
             )
-            for seed in seeds
+            for seed, limit in zip(seeds, limits, strict=True)
         ]
         return [_completion(output) for output in await self._guarded(prompt, params)]
 

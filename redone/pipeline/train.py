@@ -99,7 +99,8 @@ class RlRun:
             self.observer.step(step, {**result.metrics, **self._validate(step, last)})
             self.last_step = step
             stop = self._stalled()
-            self._save(step, last=step == last or stop)
+            at_end = self.cfg.checkpoint.at_end and (step == last or stop)
+            self._save(step, last=at_end)
             if stop:
                 self._note(f"early stop at step {step}: validation has not improved since {self.best_step}")
                 break

@@ -10,7 +10,7 @@ from typing import Any
 from redone.config.schema import Config
 from redone.errors import ConfigError
 from redone.layout import ModelShape, check_layout
-from redone.planner.hardware import DEFAULT, Constants, gpu
+from redone.planner.hardware import DEFAULT, Constants, Gpu, gpu
 from redone.planner.job import Job, Layout, Workload
 from redone.planner.layouts import MARGIN, Candidate, assess, fastest, fitting, legal_layouts, nearest
 from redone.planner.lengths import SIGMA, Lengths, from_file, moments, truncated_lognormal
@@ -27,7 +27,7 @@ class Options:
     """What the configuration does not say. None: assumed, and the report says so."""
 
     nodes: int
-    gpu: str
+    gpu: str | Gpu  # a name of the table, or a row of its own
     prompt_tokens: float | None = None  # mean
     response_tokens: float | None = None  # mean
     sigma: float = SIGMA  # of log response lengths
@@ -89,7 +89,8 @@ def make_plan(cfg: Config, hf: Mapping[str, Any], options: Options, c: Constants
 
 def describe_job(cfg: Config, shape: ModelShape, options: Options) -> tuple[Job, list[str]]:
     """The configuration's step and layout, and what had to be assumed."""
-    a, r, machine = cfg.algorithm, cfg.rollout, gpu(options.gpu)
+    a, r = cfg.algorithm, cfg.rollout
+    machine = options.gpu if isinstance(options.gpu, Gpu) else gpu(options.gpu)
     if not 0 <= options.rollout_nodes < options.nodes:
         raise ConfigError(
             f"--rollout-nodes {options.rollout_nodes}: use 0 (colocated) .. {options.nodes - 1}"
@@ -122,14 +123,16 @@ def describe_job(cfg: Config, shape: ModelShape, options: Options) -> tuple[Job,
         cpu_optimizer=options.cpu_optimizer or bool(getattr(cfg.trainer.optim, "offload", False)),
         trainer_sleeps=options.trainer_sleeps,
     )
+    updates = max(1, a.train_batch_size // a.ppo_mini_batch_size) * a.ppo_epochs
     work = Workload(
         prompts=a.train_batch_size,
         samples=r.n,
         update_sequences=a.ppo_mini_batch_size * r.n,
-        updates=max(1, a.train_batch_size // a.ppo_mini_batch_size) * a.ppo_epochs,
+        updates=updates,
         prompt_tokens=prompt,
         lengths=lengths,
-        forward_passes=1 + (a.kl.coef > 0),
+        # as pipeline.step: with one update the old log-probabilities are the update's own
+        forward_passes=(updates > 1 or a.importance.level != "off") + (a.kl.coef > 0),
     )
     return Job(model=planned(shape), work=work, layout=layout), assumed
 
@@ -141,6 +144,8 @@ def _lengths(cfg: Config, options: Options) -> tuple[Lengths, float, list[str]]:
     if prompt is None:
         prompt = cfg.data.max_prompt_length / 2
         assumed.append(f"mean prompt {prompt:g} tokens (half of data.max_prompt_length; --prompt-tokens)")
+    if cfg.rollout.forced_lengths:
+        return tuple(sorted(map(float, cfg.rollout.forced_lengths))), prompt, assumed
     if options.lengths_file:
         return from_file(options.lengths_file, cap), prompt, assumed
     mean = options.response_tokens

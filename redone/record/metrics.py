@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -35,10 +35,12 @@ class Recorder:
         devices: int = 1,
         name: str = "run",
         config: Mapping[str, Any] | None = None,
+        listener: Callable[[int, Mapping[str, float]], str | None] | None = None,
     ) -> None:
         self._sinks: list[Sink] = build_sinks(
             cfg.loggers, folder, project=cfg.project, name=name, config=config or {}
         )
+        self._listener = listener  # reads every step's complete metrics; what it returns becomes a note
         self._samples = SampleWriter(folder / "samples.jsonl", cfg.samples_per_step)
         self._timings = Timings()
         self._devices = devices
@@ -99,6 +101,8 @@ class Recorder:
         if self._display:
             self._display.step(step, complete)
         log.info("step %d done in %.1f s", step, seconds)
+        if self._listener is not None and (told := self._listener(step, complete)):
+            self.note(told)
 
     def samples(self, step: int, groups: Sequence[Group]) -> None:
         """A few rollouts go to samples.jsonl; the tokens of all of them are counted for perf/*.

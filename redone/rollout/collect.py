@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
+import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 from redone.algo.select import refill_count, select_groups
 from redone.api import EngineFleet
@@ -21,6 +24,8 @@ from redone.rollout.metrics import rollout_metrics
 from redone.types import Completion, Group, Prompt, Rollout, Sampling, Score
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 MIN_GROUP = 2  # a single response has nothing to be compared with
 
@@ -49,6 +54,7 @@ class Tally:
     drops: list[Drop] = field(default_factory=list)
     lost: Counter[str] = field(default_factory=Counter)  # rollouts dropped, by reason
     rollouts: int = 0
+    tail_s: float = 0.0
     drawn: int = 0
     rounds: int = 0
     first_failure: str = ""
@@ -92,10 +98,15 @@ async def _collect(
     count = wanted
     while count > 0:
         drawn = stream.take(count)
+        finished: list[float] = []
         # gather, not TaskGroup: an engine's error must reach the user as itself, not as an ExceptionGroup
         results = await asyncio.gather(
-            *(_run_prompt(epoch, prompt, engines, rewards, sampling, cfg) for epoch, prompt in drawn)
+            *(
+                _timed(_run_prompt(epoch, prompt, engines, rewards, sampling, cfg), finished)
+                for epoch, prompt in drawn
+            )
         )
+        tally.tail_s += tail_seconds(finished)
         _add_round(tally, drawn, results)
         _check_failures(tally, cfg, step)
         if not filtering.enable or tally.rounds == filtering.max_num_gen_batches:
@@ -111,6 +122,8 @@ async def _run_prompt(
 ) -> list[tuple[Completion, Score | None]]:
     """The n completions of one prompt and their scores (None: aborted, not scored)."""
     seeds = [sampling_seed(cfg.run.seed, epoch, prompt.id, index) for index in range(cfg.rollout.n)]
+    if cfg.rollout.forced_lengths:
+        sampling = force_lengths(sampling, cfg.rollout.forced_lengths, seeds)
     completions = await engines.generate(prompt.token_ids.tolist(), sampling, seeds)
     if len(completions) != len(seeds):
         raise EngineError(f"the engine returned {len(completions)} completions for {len(seeds)} seeds")
@@ -127,6 +140,26 @@ async def _run_prompt(
 
     scores = await asyncio.gather(*(score(completion) for completion in completions))
     return list(zip(completions, scores, strict=True))
+
+
+async def _timed(work: Awaitable[T], finished: list[float]) -> T:
+    """`work`'s result; the time of its end is appended to `finished`."""
+    done = await work
+    finished.append(time.perf_counter())
+    return done
+
+
+def tail_seconds(finished: Sequence[float]) -> float:
+    """Seconds of a generation round in which at most a tenth of its groups was still running."""
+    ordered = sorted(finished)
+    return ordered[-1] - ordered[math.ceil(0.9 * len(ordered)) - 1] if ordered else 0.0
+
+
+def force_lengths(sampling: Sampling, lengths: Sequence[int], seeds: Sequence[int]) -> Sampling:
+    """Every seed gets one of `lengths`, in turn from a place that the first seed decides: groups of
+    len(lengths) responses all have the same total, whatever the order of prompts."""
+    chosen = tuple(lengths[(seeds[0] + i) % len(lengths)] for i in range(len(seeds)))
+    return replace(sampling, lengths=chosen, max_tokens=max(chosen), ignore_eos=True, stop_token_ids=())
 
 
 def _add_round(
@@ -189,6 +222,7 @@ def _result(tally: Tally, cfg: Config, step: int) -> Collected:
     metrics = rollout_metrics(tally.groups, kept, cfg) | {
         "rollout/prompts": float(tally.drawn),
         "rollout/gen_rounds": float(tally.rounds),
+        "perf/gen_tail_s": tally.tail_s,
         "rollout/informative_share": informative / max(1, len(tally.groups)),
         "rollout/surplus_groups": float(len(selection.surplus) if filtering.enable else 0),
         "rollout/failed": float(tally.lost["failed"]),

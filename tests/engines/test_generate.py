@@ -53,6 +53,13 @@ def test_greedy_matches_hugging_face(live: LiveEngine) -> None:
     assert worst_difference(live, LONG, completion) <= TOLERANCE
 
 
+def test_forced_lengths_hold_whatever_is_sampled(live: LiveEngine) -> None:
+    forced = live.generate(LONG, [7, 8, 9], ignore_eos=True, lengths=(3, 20, 1), max_tokens=20)
+    assert [len(c.token_ids) for c in forced] == [3, 20, 1]
+    (free,) = live.generate(LONG, [8], ignore_eos=True)
+    assert free.token_ids[:20].tolist() == forced[1].token_ids.tolist(), "the length changes no token"
+
+
 def test_stop_token_ends_and_stays(live: LiveEngine) -> None:
     (free,) = live.generate(LONG, [7], ignore_eos=True)
     assert free.finish == "length" and len(free.token_ids) == 24

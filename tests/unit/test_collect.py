@@ -13,7 +13,7 @@ from redone.data.stream import PromptStream, sampling_seed
 from redone.errors import EngineError, RedoneError
 from redone.reward.base import failed
 from redone.rollout.build import build_batch
-from redone.rollout.collect import Collected, collect
+from redone.rollout.collect import Collected, collect, tail_seconds
 from redone.types import Completion, Message, Prompt, Sampling, Score, VersionSpan
 
 N = 4
@@ -109,6 +109,19 @@ def run(cfg, rule, fleet=None, prompts=20, step=1) -> tuple[Collected, FakeFleet
 
 def ids(groups) -> list[str]:
     return [g.prompt.id for g in groups]
+
+
+def test_forced_lengths_make_every_group_the_same_work():
+    _, fleet = run(config(rollout__forced_lengths=[2, 7]), mixed)
+    for _, sampling, seeds in fleet.requests:
+        assert sorted(sampling.lengths) == [2, 2, 7, 7] and len(seeds) == N
+        assert sampling.ignore_eos and sampling.stop_token_ids == () and sampling.max_tokens == 7
+
+
+def test_the_tail_is_what_the_last_tenth_of_groups_takes():
+    assert tail_seconds([]) == tail_seconds([5.0]) == 0.0
+    assert tail_seconds([float(i) for i in range(1, 10)] + [30.0]) == 21.0
+    assert tail_seconds([float(i) for i in range(20, 0, -1)]) == 2.0
 
 
 def test_one_round_is_enough_when_everything_teaches():

@@ -1,0 +1,97 @@
+"""A run's first steps against its own prediction: was the band right, and which one multiplier re-fits it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from redone.config.schema import Config
+from redone.errors import ConfigError
+from redone.planner.hardware import gpu
+from redone.planner.report import Options, Plan, compare, make_plan
+
+STEPS = 3
+FILE = "planned.json"
+
+
+@dataclass(slots=True, kw_only=True)
+class PlanWatch:
+    """Made when cluster.gpu names the hardware. The prediction takes the lengths that were measured, so that
+    the comparison is about time and not about guessed lengths."""
+
+    cfg: Config
+    hf: Mapping[str, Any]  # the model's config.json
+    seen: list[Mapping[str, float]] = field(default_factory=list)
+
+    @staticmethod
+    def of(cfg: Config, hf: Mapping[str, Any]) -> PlanWatch | None:
+        """None without cluster.gpu. Raises ConfigError for a GPU that the planner does not know."""
+        if cfg.cluster.gpu is None:
+            return None
+        gpu(cfg.cluster.gpu)
+        return PlanWatch(cfg=cfg, hf=hf)
+
+    def listener(self, folder: Path) -> Callable[[int, Mapping[str, float]], str | None]:
+        """Takes a step's metrics; after the third step it writes planned.json into `folder` and says what
+        came out."""
+
+        def listen(step: int, metrics: Mapping[str, float]) -> str | None:
+            if step < 1 or len(self.seen) >= STEPS:
+                return None
+            self.seen.append(metrics)
+            return self._judge(folder) if len(self.seen) == STEPS else None
+
+        return listen
+
+    def _mean(self, name: str) -> float:
+        return sum(m[name] for m in self.seen) / len(self.seen)
+
+    def _plan(self) -> Plan:
+        cluster = self.cfg.cluster
+        assert cluster.gpu is not None
+        prompt, response = self._mean("prompt_length/mean"), self._mean("response_length/mean")
+        options = Options(
+            nodes=cluster.nodes, gpu=cluster.gpu, prompt_tokens=prompt, response_tokens=max(1.0, response)
+        )
+        return make_plan(self.cfg, self.hf, options)
+
+    def _judge(self, folder: Path) -> str:
+        try:
+            plan = self._plan()
+        except ConfigError as error:
+            return f"the planner has no prediction for this run: {error}"
+        if plan.refused:
+            return f"the planner refuses to predict this run's step: {'; '.join(plan.refused)}"
+        found = compare(plan, [m["timing_s/step"] for m in self.seen])
+        predicted = plan.chosen.seconds.step
+        low, high = predicted / plan.band, predicted * plan.band
+        values = {
+            "steps": STEPS,
+            "measured_s": found.measured,
+            "predicted_s": predicted,
+            "band_s": [low, high],
+            "inside": found.inside,
+            "multiplier": found.multiplier,
+            "band_after": found.band,
+        }
+        (folder / FILE).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+        place = "inside" if found.inside else "OUTSIDE"
+        return (
+            f"step {found.measured:.1f} s (median of {STEPS}), {place} the plan's {low:.1f} .. {high:.1f} s; "
+            f"re-fitted multiplier {found.multiplier:.2f} ({FILE}; redone plan --fit)"
+        )
+
+
+def read_multiplier(folder: Path) -> tuple[float, float]:
+    """(multiplier, band after it) of a run folder. Raises ConfigError when the run has none."""
+    try:
+        found = json.loads((folder / FILE).read_text(encoding="utf-8"))
+        return float(found["multiplier"]), float(found["band_after"])
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(
+            f"--fit {folder}: no {FILE} there ({error}); a run writes it after {STEPS} steps when "
+            "cluster.gpu is set"
+        ) from error

@@ -1,0 +1,1 @@
+"""Scaling experiments: one workload on several node counts, measured beside the planner's prediction."""
