@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import time
@@ -29,8 +30,14 @@ log = logging.getLogger(__name__)
 class RayCluster:
     """redone.api.Cluster. Trainer and engine start-up overlap: both are bound by imports."""
 
-    def __init__(self, cfg: Config, log_dir: Path, status: Callable[[str], None] = log.info) -> None:
-        self.cfg, self.log_dir = cfg, log_dir
+    def __init__(
+        self,
+        cfg: Config,
+        log_dir: Path,
+        status: Callable[[str], None] = log.info,
+        with_engines: bool = True,
+    ) -> None:
+        self.cfg, self.log_dir, self.with_engines = cfg, log_dir, with_engines
         self._fleet: RayEngineFleet | None = None
         self._group: RayTrainerGroup | None = None
         self._peers: list[Peer] = []
@@ -59,6 +66,7 @@ class RayCluster:
         engines = [
             self._spawn(EngineActor, f"engine {i}", f"engine-{i}", seat, i)
             for i, seat in enumerate(engine_seats(cfg, engine_env(cfg)))
+            if self.with_engines
         ]
         trainers = [
             self._spawn(TrainerActor, f"trainer rank {r}", f"trainer-{r}", seat, r)
@@ -74,11 +82,34 @@ class RayCluster:
         infos = join(
             trainers, [t.handle.start.remote(init) for t in trainers], "start", timeout, TrainerError
         )
-        status("trainer ready, waiting for the engine")
+        if engines:
+            status("trainer ready, waiting for the engine")
         engine_infos = join(engines, engine_refs, "start", timeout, EngineError)
         self._remember_pids()
+        self._trainers, self._engines, self._engine_infos = trainers, engines, engine_infos
         self._fleet = RayEngineFleet(cfg, engines, engine_infos)
         self._group = RayTrainerGroup(cfg, trainers, infos, self.location)
+
+    def serves(self, cfg: Config, with_engines: bool) -> bool:
+        """Whether these processes can take over a run of `cfg` (see `adopt`)."""
+        return self.with_engines >= with_engines and _processes(cfg) == _processes(self.cfg)
+
+    def adopt(self, cfg: Config) -> None:
+        """Another run of the same model architecture in the same processes: the trainer starts anew from
+        cfg.model.path, and the engines receive its weights as version 0, checked by digest and canary."""
+        timeout, trainers = cfg.cluster.ray.start_timeout_s, self._trainers
+        addresses = join(
+            trainers, [t.handle.prepare.remote() for t in trainers], "prepare", timeout, TrainerError
+        )
+        init = "tcp://{}:{}".format(*addresses[0])
+        refs = [t.handle.restart.remote(cfg, init) for t in trainers]
+        infos = join(trainers, refs, "restart", timeout, TrainerError)
+        self.cfg = cfg
+        self._fleet = RayEngineFleet(cfg, self._engines, self._engine_infos)
+        self._group = RayTrainerGroup(cfg, trainers, infos, self.location)
+        if self._engines:
+            with self._group.awake(), self._fleet.awake("weights"):
+                self._group.push(self._fleet, version=0)
 
     def _remember_pids(self) -> None:
         refs = [p.handle.pid.remote() for p in self._peers]
@@ -123,3 +154,23 @@ class RayCluster:
             except psutil.NoSuchProcess:
                 continue
         self._pids = []
+
+
+def _processes(cfg: Config) -> tuple[object, ...]:
+    """What a running set of processes cannot change: seats, engine arguments, the model's architecture."""
+    engine_length = cfg.model.max_model_len or cfg.data.max_prompt_length + cfg.data.max_response_length
+    architecture = json.loads((Path(cfg.model.path) / "config.json").read_text(encoding="utf-8"))
+    for volatile in ("dtype", "torch_dtype", "transformers_version", "_name_or_path"):
+        architecture.pop(volatile, None)
+    rollout, model = cfg.rollout, cfg.model
+    return (
+        cfg.cluster,
+        rollout.engine,
+        rollout.replicas,
+        rollout.tensor_model_parallel_size,
+        rollout.gpu_memory_utilization,
+        cfg.trainer.num_threads,
+        cfg.weights,
+        (model.dtype, model.trust_remote_code, engine_length),
+        architecture,
+    )

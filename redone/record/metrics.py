@@ -86,9 +86,10 @@ class Recorder:
         complete = {**metrics, **self._timings.drain()}
         seconds = complete["timing_s/step"]
         complete["perf/time_per_step"] = seconds
-        if self._total_tokens and seconds > 0:
-            complete["perf/total_num_tokens"] = float(self._total_tokens)
-            complete["perf/throughput"] = self._total_tokens / seconds / self._devices
+        tokens = float(self._total_tokens) or metrics.get("perf/total_num_tokens", 0.0)  # SFT counts itself
+        if tokens and seconds > 0:
+            complete["perf/total_num_tokens"] = tokens
+            complete["perf/throughput"] = tokens / seconds / self._devices
         if self._response_tokens and complete.get("timing_s/gen", 0.0) > 0:
             complete["perf/gen_throughput"] = self._response_tokens / complete["timing_s/gen"]
         self._response_tokens = self._total_tokens = 0

@@ -1,0 +1,47 @@
+"""Processes that may outlive one run: a pipeline's nodes follow each other in the same trainers and engines."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING
+
+from redone.config.schema import Config
+
+if TYPE_CHECKING:
+    from redone.cluster.cluster import RayCluster
+
+
+class Session:
+    """At most one cluster. Starting costs most of a short stage's time, nearly all of it imports."""
+
+    def __init__(self, log_dir: Path, keep_engines: bool = False) -> None:
+        """keep_engines: start engines also for a run without them, because later ones need them."""
+        self._log_dir, self._keep_engines = log_dir, keep_engines
+        self._cluster: RayCluster | None = None
+
+    def cluster(self, cfg: Config, note: Callable[[str], None], with_engines: bool = True) -> RayCluster:
+        """Processes that hold cfg.model.path: the present ones where they can take over, else new ones."""
+        from redone.cluster.cluster import RayCluster  # ray takes a second to import: not before the checks
+
+        if self._cluster is not None and self._cluster.serves(cfg, with_engines):
+            self._cluster.adopt(cfg)
+            return self._cluster
+        self.close(graceful=True)
+        self._log_dir.mkdir(parents=True, exist_ok=True)
+        self._cluster = RayCluster(cfg, self._log_dir, note, with_engines or self._keep_engines)
+        # After ray.init, which takes SIGTERM for a crash handler; a background job ignores SIGINT.
+        signal.signal(signal.SIGTERM, _interrupt)
+        signal.signal(signal.SIGINT, _interrupt)
+        return self._cluster
+
+    def close(self, graceful: bool) -> None:
+        cluster, self._cluster = self._cluster, None
+        if cluster is not None:
+            cluster.close(graceful=graceful)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt(f"signal {number}")
