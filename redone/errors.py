@@ -31,3 +31,7 @@ class SyncError(RedoneError):
 
 class RunFolderError(RedoneError):
     """A run folder that exists, has another schema version, or cannot be written."""
+
+
+class JudgeError(RedoneError):
+    """The endpoint of an LLM judge is down or refuses every request; the message names it."""

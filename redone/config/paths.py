@@ -73,7 +73,7 @@ def walk(model: type[BaseModel] = Config, prefix: str = "", variant: str = "") -
     for name, info in model.model_fields.items():
         path = f"{prefix}{name}"
         annotation, discriminator = _field_node(info)
-        if get_origin(annotation) is dict:
+        if get_origin(annotation) is dict and get_args(annotation)[1] is not object:
             annotation, path = get_args(annotation)[1], f"{path}.{PLACEHOLDERS.get(name, '<name>')}"
         union = variants_of(annotation, discriminator)
         if union is not None:
@@ -129,7 +129,7 @@ def user_path(location: Sequence[int | str]) -> tuple[str, ...]:
             annotation, discriminator = union[1].get(str(part)), None
             continue
         path.append(str(part))
-        if get_origin(annotation) is dict:
+        if get_origin(annotation) is dict and get_args(annotation)[1] is not object:
             annotation, discriminator = get_args(annotation)[1], None
         elif _is_section(annotation) and str(part) in annotation.model_fields:
             annotation, discriminator = _field_node(annotation.model_fields[str(part)])

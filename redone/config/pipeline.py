@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from redone.config.judge import JudgeConfig
 from redone.config.section import Section
 
 BASE_MODEL = "base"  # stands for model.path where a node names the model that it starts from
@@ -166,21 +167,11 @@ class VerifierJudge(Section):
     type: Literal["verifier"] = "verifier"
 
 
-class LlmJudge(Section):
+class LlmJudge(JudgeConfig):
     type: Literal["llm"] = "llm"
-    url: str = Field(description="Base URL of an OpenAI-compatible endpoint, e.g. http://host:8000/v1.")
-    model: str = Field(description="Model name at the endpoint.")
-    api_key_env: str | None = Field(None, description="Environment variable that holds the key.")
-    rubric: str = Field(
-        "Rate how well the answer serves the request: correct, complete, well formed.",
-        description="What the judge is asked to rate.",
+    max_unread_share: float = Field(
+        0.2, ge=0, le=1, description="Share of answers without a verdict that stops the node."
     )
-    scale: int = Field(10, ge=1, description="Highest rating.")
-    concurrency: int = Field(16, ge=1, description="Requests in flight.")
-    timeout_s: float = Field(120.0, gt=0, description="Longest request.")
-    retries: int = Field(4, ge=0, description="Retries of a failed request, with growing pauses.")
-    max_tokens: int = Field(64, ge=8, description="Longest verdict.")
-    max_unread_share: float = Field(0.2, ge=0, le=1, description="Share of verdicts without a rating that stops.")
 
 
 Judge = Annotated[VerifierJudge | LlmJudge, Field(discriminator="type")]

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from redone.config.judge import JudgeConfig
 from redone.config.section import Section
 
 
@@ -143,8 +144,23 @@ class CustomReward(RewardBase):
     workers: int = Field(1, ge=1, description="Processes that run the user's code.")
 
 
+class JudgeReward(JudgeConfig, RewardBase):
+    family: Literal["judge"] = "judge"
+    require_stop: bool = Field(True, description="A response cut by the length limit scores 0.")
+
+    @model_validator(mode="after")
+    def _alone(self) -> JudgeReward:
+        if self.mode == "pairwise" and self.opponents == "candidates":
+            raise ValueError(
+                "opponents=candidates needs all answers to a prompt at once, a reward sees one: use "
+                "opponents=reference or mode=pointwise"
+            )
+        return self
+
+
 RewardConfig = Annotated[
-    ExactReward | MetricReward | SandboxReward | PatternReward | CustomReward, Field(discriminator="family")
+    ExactReward | MetricReward | SandboxReward | PatternReward | JudgeReward | CustomReward,
+    Field(discriminator="family"),
 ]
 
 

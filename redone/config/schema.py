@@ -9,12 +9,14 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from redone.config.judge import JudgeConfig
 from redone.config.pipeline import PipelineConfig, SftConfig
 from redone.config.rewards import (
     AnswerReward,
     Check,
     CustomReward,
     ExactReward,
+    JudgeReward,
     MetricReward,
     PatternReward,
     RewardBase,
@@ -29,6 +31,8 @@ __all__ = [
     "Check",
     "CustomReward",
     "ExactReward",
+    "JudgeConfig",
+    "JudgeReward",
     "MetricReward",
     "PatternReward",
     "PipelineConfig",

@@ -44,6 +44,7 @@ class Latency:
     seconds: list[float] = field(default_factory=list)
     failed: int = 0
     timeouts: int = 0
+    counts: dict[str, float] = field(default_factory=dict)  # what else is counted, since the start
 
 
 class Process:

@@ -1,7 +1,8 @@
 """All rewards of a run behind one coroutine. None is computed in the caller's process or loop.
 
 Exact, metric and pattern rewards have a lane of worker processes per family; every sandbox and every reward
-of the user's has its own, so that a slow one holds up its own group and nothing else.
+of the user's has its own, and a judge has a thread, so that a slow one holds up its own group and nothing
+else.
 """
 
 from __future__ import annotations
@@ -12,8 +13,15 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 
-from redone.config.schema import CustomReward, RewardConfig, RewardPoolConfig, SandboxReward
+from redone.config.schema import (
+    CustomReward,
+    JudgeReward,
+    RewardConfig,
+    RewardPoolConfig,
+    SandboxReward,
+)
 from redone.reward.jail import START_S as SANDBOX_START_S
+from redone.reward.judge_lane import JudgeLane
 from redone.reward.lane import Job, Lane
 from redone.reward.worker import NO_IDS, make_reward
 from redone.types import Completion, Prompt, Score
@@ -25,7 +33,9 @@ REMEMBERED = 4096  # prompts whose stripped copy is kept
 class RewardPool:
     """Not bound to an event loop: every step of a run may have its own. Close it at the end."""
 
-    def __init__(self, lanes: Mapping[str, Lane], families: Mapping[str, str], max_pending: int) -> None:
+    def __init__(
+        self, lanes: Mapping[str, Lane | JudgeLane], families: Mapping[str, str], max_pending: int
+    ) -> None:
         """`lanes`: reward key -> lane. `families`: reward key -> name in the metrics."""
         self._lanes, self._families, self._max_pending = dict(lanes), dict(families), max_pending
         self._gates: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Semaphore] = WeakKeyDictionary()
@@ -59,6 +69,7 @@ class RewardPool:
                     f"reward_latency/{name}/failed": float(found.failed),
                     f"reward_latency/{name}/timeouts": float(found.timeouts),
                 }
+                metrics |= {f"reward_judge/{name}/{key}": count for key, count in found.counts.items()}
         return metrics
 
     def close(self) -> None:
@@ -90,7 +101,7 @@ class RewardPool:
 def build_rewards(configs: Mapping[str, RewardConfig], pool: RewardPoolConfig | None = None) -> RewardPool:
     """Raises ConfigError when a reward cannot work here: the user's file does not load, no sandbox."""
     pool = pool or RewardPoolConfig()
-    lanes: dict[str, Lane] = {}
+    lanes: dict[str, Lane | JudgeLane] = {}
     families: dict[str, str] = {}
     shared: dict[str, dict[str, RewardConfig]] = {}
     try:
@@ -99,10 +110,12 @@ def build_rewards(configs: Mapping[str, RewardConfig], pool: RewardPoolConfig | 
             if isinstance(config, CustomReward):
                 families[key] = f"custom-{key}"
                 batch = BATCH if config.form == "trl" else 1
-                lanes[key] = Lane(
-                    {key: config}, workers=config.workers, batch=batch, timeout_s=config.timeout_s
-                )
-                lanes[key].start()
+                lane = Lane({key: config}, workers=config.workers, batch=batch, timeout_s=config.timeout_s)
+                lanes[key] = lane
+                lane.start()
+            elif isinstance(config, JudgeReward):
+                families[key] = f"judge-{key}"
+                lanes[key] = JudgeLane(config)
             elif isinstance(config, SandboxReward):
                 families[key] = f"sandbox-{key}"
                 _probe(config)
@@ -112,8 +125,8 @@ def build_rewards(configs: Mapping[str, RewardConfig], pool: RewardPoolConfig | 
                 make_reward(config)
                 shared.setdefault(config.family, {})[key] = config
     except BaseException:
-        for lane in lanes.values():
-            lane.close()
+        for started in lanes.values():
+            started.close()
         raise
     for members in shared.values():
         limit = max(config.timeout_s for config in members.values())

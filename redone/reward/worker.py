@@ -61,7 +61,7 @@ def make_reward(config: RewardConfig) -> RewardFn:
         from redone.reward.sandbox import Sandbox
 
         return Sandbox(config)
-    assert isinstance(config, CustomReward)
+    assert isinstance(config, CustomReward)  # a judge is no RewardFn: reward/judge_lane.py
     from redone.reward.custom import Custom
 
     return Custom(config)
