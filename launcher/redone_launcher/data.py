@@ -13,14 +13,14 @@ PARTS = ("smollm2", "tweets", "tiny")
 
 def prepare(dest: Path, only: Sequence[str] | None) -> int:
     """Fill `dest`/{smollm2-135m-instruct,tweets,tiny}. What is there is left alone. Raises DataError."""
-    from redone.data.prepare import prepare_tiny, prepare_tweets
+    from redone.data.prepare import prepare_tiny, prepare_tiny_pipeline, prepare_tweets
     from redone.data.smollm2 import prepare_smollm2
 
     downloads = dest / "downloads"
     makers: dict[str, Callable[[], Path]] = {
         "smollm2": lambda: prepare_smollm2(dest / "smollm2-135m-instruct", downloads),
         "tweets": lambda: prepare_tweets(dest / "tweets", downloads),
-        "tiny": lambda: prepare_tiny(dest / "tiny"),
+        "tiny": lambda: prepare_tiny_pipeline(prepare_tiny(dest / "tiny").parent / "tiny-pipeline").parent,
     }
     for part in only or PARTS:
         print(f"{part} ...", flush=True)

@@ -31,7 +31,18 @@ def parser(planning: bool = False) -> argparse.ArgumentParser:
     run.add_argument("config", nargs="?", help="YAML file (not with --resume)")
     run.add_argument("overrides", nargs="*", metavar="a.b=c", help="override a key of the configuration")
     run.add_argument("--resume", type=Path, metavar="RUN_FOLDER", help="go on with an interrupted run")
+    for name, text in (
+        ("--from", "a pipeline: make this node and all that rests on it again"),
+        ("--until", "a pipeline: stop behind this node"),
+        ("--only", "a pipeline: make this node again, alone"),
+    ):
+        run.add_argument(name, dest=name, metavar="NODE", help=text)
     run.set_defaults(run=_run)
+
+    ablation = commands.add_parser("ablate", help="all rows of pipeline.ablation, as one table")
+    ablation.add_argument("config", type=Path, help="YAML file with pipeline.ablation")
+    ablation.add_argument("overrides", nargs="*", metavar="a.b=c", help="override a key of the configuration")
+    ablation.set_defaults(run=_ablate)
 
     data = commands.add_parser("data", help="prepare, fetch and audit data").add_subparsers(
         metavar="ACTION", required=True
@@ -110,7 +121,17 @@ def _run(args: argparse.Namespace) -> int:
         )
     from redone_launcher.run import run_command
 
-    run_command(Path(config) if config is not None else None, overrides, args.resume)
+    choice = [(name, vars(args)[name]) for name in ("--from", "--until", "--only") if vars(args)[name]]
+    if len(choice) > 1 and any(name == "--only" for name, _ in choice):
+        raise ConfigError("--only chooses one node; leave out --from and --until")
+    run_command(Path(config) if config is not None else None, overrides, args.resume, choice)
+    return 0
+
+
+def _ablate(args: argparse.Namespace) -> int:
+    from redone_launcher.pipeline import ablate
+
+    ablate(args.config, args.overrides)
     return 0
 
 

@@ -62,7 +62,11 @@ def _check_resumable(cfg: Config, folder: RunFolder) -> None:
         raise RunFolderError(
             f"{folder.path} has no complete checkpoint; start the run anew under another run.name"
         )
-    if cfg.kind == "rl" and steps[-1] >= cfg.algorithm.total_steps and (folder.path / "summary.json").exists():
+    if (
+        cfg.kind == "rl"
+        and steps[-1] >= cfg.algorithm.total_steps
+        and (folder.path / "summary.json").exists()
+    ):
         raise RunFolderError(
             f"{folder.path} is finished (step {steps[-1]}); to go on: algorithm.total_steps={2 * steps[-1]}"
         )

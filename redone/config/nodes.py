@@ -105,13 +105,13 @@ def stage_config(cfg: Config, name: str, **sections: Mapping[str, Any]) -> Confi
     values = merge(values, nested(node.overrides))
     rows: dict[str, Any] = {}
     if isinstance(node, RlNode):
-        rows = {"data": {"train": list(node.data)}, "run": {"kind": "rl"}}
+        rows = {"data": {"train": list(node.data)}, "run": {"job": "rl"}}
     elif isinstance(node, SftNode):
-        rows = {"sft": {"train": list(node.data)}, "run": {"kind": "sft"}}
+        rows = {"sft": {"train": list(node.data)}, "run": {"job": "sft"}}
         rows["algorithm"] = {"loss": {"type": "sft"}, "kl": {"coef": 0.0}, "entropy_coeff": 0.0}
         rows["algorithm"]["importance"] = {"level": "off"}
     else:
-        rows = {"run": {"kind": "rl"}}
+        rows = {"run": {"job": "rl"}}
     values = merge(values, rows)
     for section, changed in sections.items():
         values = merge(values, {section: changed})

@@ -14,7 +14,8 @@ BASE_MODEL = "base"  # stands for model.path where a node names the model that i
 
 class SftConfig(Section):
     train: tuple[str, ...] = Field(
-        (), description="Files of conversations: `messages` that end with the assistant, or prompt + response."
+        (),
+        description="Files of conversations: `messages` that end with the assistant, or prompt + response.",
     )
     val: tuple[str, ...] = Field((), description="Conversations whose loss is measured, never trained on.")
     response_key: str = Field("response", description="Column with the answer of rows that have a prompt.")
@@ -71,7 +72,9 @@ class MixNode(NodeBase, DrawConfig):
 
     kind: Literal["mix"] = "mix"
     sources: tuple[MixSource, ...] = Field(min_length=1, description="Where rows come from.")
-    on_bad_row: Literal["error", "skip"] = Field("error", description="A row that cannot be used: stop, or count it.")
+    on_bad_row: Literal["error", "skip"] = Field(
+        "error", description="A row that cannot be used: stop, or count it."
+    )
 
 
 class GateConfig(Section):
@@ -146,7 +149,9 @@ class SftSetNode(NodeBase):
 
     kind: Literal["sft_set"] = "sft_set"
     bucket: str = Field(description="Diagnose node, or `all` for every task.")
-    data: tuple[str, ...] = Field(min_length=1, description="Training rows with their answers: files or nodes.")
+    data: tuple[str, ...] = Field(
+        min_length=1, description="Training rows with their answers: files or nodes."
+    )
     size: int | None = Field(None, ge=1, description="Conversations; default: all.")
     capabilities: dict[str, str] = Field(
         {}, description="Task -> capability; else extra_info.capability of the row, else the task."
@@ -158,7 +163,10 @@ class SftSetNode(NodeBase):
         None, description="`reference` or an extra_info key whose values a task's rows hold equally often."
     )
     near_duplicate: float | None = Field(
-        0.8, gt=0, le=1, description="Jaccard similarity of word 3-grams from which a row is a copy; null: off."
+        0.8,
+        gt=0,
+        le=1,
+        description="Jaccard similarity of word 3-grams from which a row is a copy; null: off.",
     )
     decontaminate: DecontaminateConfig = DecontaminateConfig()
 
@@ -187,7 +195,9 @@ class SoftLabelNode(NodeBase):
     candidates: int = Field(8, ge=1, description="Answers per prompt (the paper: 8).")
     temperature: float = Field(1.0, gt=0, description="Their sampling temperature.")
     judge: Judge = VerifierJudge()
-    threshold: float = Field(0.5, ge=0, le=1, description="A prompt whose best answer scores less is left out.")
+    threshold: float = Field(
+        0.5, ge=0, le=1, description="A prompt whose best answer scores less is left out."
+    )
     thresholds: dict[str, float] = Field({}, description="Task -> threshold of its own.")
     tie: Literal["shortest", "longest", "first", "likeliest"] = Field(
         "likeliest", description="Which of equally good answers (likeliest: highest mean log-probability)."
@@ -203,7 +213,9 @@ class HardSetNode(NodeBase):
     low: float = Field(0.0, ge=0, le=1, description="Mean score must be above this.")
     high: float = Field(1.0, ge=0, le=1, description="Mean score must be below this.")
     draw: DrawConfig = DrawConfig()
-    min_rows: int = Field(1, ge=1, description="Fewer hard prompts: filled from the rest, nearest to one half.")
+    min_rows: int = Field(
+        1, ge=1, description="Fewer hard prompts: filled from the rest, nearest to one half."
+    )
 
 
 Node = Annotated[

@@ -48,7 +48,7 @@ SCHEMA_VERSION = 1
 
 
 class RunConfig(Section):
-    kind: Literal["auto", "rl", "sft", "pipeline"] = Field(
+    job: Literal["auto", "rl", "sft", "pipeline"] = Field(
         "auto", description="auto: pipeline when pipeline.nodes is set, sft when sft.train is, else rl."
     )
     name: str = Field(
@@ -377,7 +377,7 @@ class Config(Section):
 
     @property
     def kind(self) -> Literal["rl", "sft", "pipeline"]:
-        """run.kind, resolved."""
-        if self.run.kind != "auto":
-            return self.run.kind
+        """run.job, resolved."""
+        if self.run.job != "auto":
+            return self.run.job
         return "pipeline" if self.pipeline.nodes else "sft" if self.sft.train else "rl"

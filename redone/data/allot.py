@@ -17,7 +17,8 @@ def allot(
     """task -> rows, at most min(size, cap) each, adding up to `total` where the tasks allow it.
 
     A task's weight is weights[task] * size^(1/temperature). What a full task cannot take goes to the others
-    in proportion (water filling); whole rows by largest remainder, ties by name. total None: all that caps allow.
+    in proportion (water filling); whole rows by largest remainder, ties by name. total None: all that caps
+    allow.
     """
     limit = {t: min(n, caps.get(t, n)) for t, n in sizes.items()}
     if total is None or total >= sum(limit.values()):

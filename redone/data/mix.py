@@ -20,7 +20,9 @@ from redone.data.allot import allot
 from redone.data.prompts import read_rows
 from redone.errors import DataError
 
-Check = Callable[[Mapping[str, Any], str], None]  # (row, place): raises DataError on a row that cannot be used
+Check = Callable[
+    [Mapping[str, Any], str], None
+]  # (row, place): raises DataError on a row that cannot be used
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -112,10 +114,14 @@ class _Picker:
     ) -> None:
         self._left = dict(available)
         self._wanted = dict(wanted)
-        self._whole = {s: wanted[s] // available[s] if max_repeat > 1 else 0 for s in available if available[s]}
+        self._whole = {
+            s: wanted[s] // available[s] if max_repeat > 1 else 0 for s in available if available[s]
+        }
         for stratum, copies in self._whole.items():
             self._wanted[stratum] -= copies * available[stratum]
-        self._chance = {s: random.Random(f"{seed}/{s.domain}/{s.task}/{s.source}/{s.rationale}") for s in available}
+        self._chance = {
+            s: random.Random(f"{seed}/{s.domain}/{s.task}/{s.source}/{s.rationale}") for s in available
+        }
 
     def __call__(self, stratum: Stratum) -> int:
         left, wanted = self._left.get(stratum, 0), self._wanted.get(stratum, 0)
@@ -154,14 +160,18 @@ def has_rationale(row: Mapping[str, Any], key: str) -> bool:
     return bool(row.get(key) or (isinstance(extra, Mapping) and extra.get(key)))
 
 
-def _wanted(available: Counter[Stratum], sources: Sequence[MixSource], draw: DrawConfig) -> dict[Stratum, int]:
+def _wanted(
+    available: Counter[Stratum], sources: Sequence[MixSource], draw: DrawConfig
+) -> dict[Stratum, int]:
     """Rows of every stratum: domains by share, tasks by temperature, sources and rationales inside a task."""
     by_domain: dict[str, Counter[Stratum]] = defaultdict(Counter)
     for stratum, count in available.items():
         by_domain[stratum.domain][stratum] = count
     unknown = sorted(set(draw.shares) - set(by_domain))
     if unknown:
-        raise DataError(f"shares name the domain {unknown[0]!r}, but rows are of {', '.join(sorted(by_domain))}")
+        raise DataError(
+            f"shares name the domain {unknown[0]!r}, but rows are of {', '.join(sorted(by_domain))}"
+        )
     totals: dict[str, int | None] = dict.fromkeys(by_domain)
     if draw.shares:
         whole = draw.total or _largest(by_domain, draw)
@@ -220,7 +230,9 @@ def _rationales(
     return {t: least[t] + added[t] for t in parts}
 
 
-def _inside_task(members: Mapping[Stratum, int], total: int, with_rationale: int | None) -> dict[Stratum, int]:
+def _inside_task(
+    members: Mapping[Stratum, int], total: int, with_rationale: int | None
+) -> dict[Stratum, int]:
     """Sources in proportion, rationales as decided."""
     names = {f"{i}": s for i, s in enumerate(sorted(members))}
     sizes = {k: members[s] for k, s in names.items()}

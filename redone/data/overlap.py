@@ -12,7 +12,10 @@ from dataclasses import dataclass
 import numpy as np
 
 # A word, or one character of a script that is written without blanks.
-_TOKEN = re.compile(r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af]|[^\W_\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]+")
+_TOKEN = re.compile(
+    r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af]"
+    r"|[^\W_\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]+"
+)
 BOILERPLATE_SHARE = 0.05  # an n-gram in more evaluation items than this is their template, not their content
 BOILERPLATE_ITEMS = 20
 MIN_TOKENS = 4  # a shorter evaluation item is found as a whole message only
@@ -21,7 +24,7 @@ SHINGLE = 3
 
 
 def tokens(text: str) -> tuple[str, ...]:
-    """Words in lower case, full-width forms folded, punctuation dropped; Chinese and Japanese by character."""
+    """Words in lower case, full-width forms folded, no punctuation; Chinese and Japanese by character."""
     return tuple(_TOKEN.findall(unicodedata.normalize("NFKC", text).casefold()))
 
 
@@ -37,8 +40,8 @@ class Decontaminator:
     """Looks for evaluation texts inside training texts."""
 
     def __init__(self, texts: Sequence[str], ngram: int, share: float) -> None:
-        """`share`: of an item's n-grams that make an overlap; an item shorter than `ngram` words counts when it
-        stands in the text whole."""
+        """`share`: of an item's n-grams that make an overlap; an item shorter than `ngram` words counts when
+        it stands in the text whole."""
         self.share = share
         self._whole: dict[tuple[str, ...], int] = {}
         self._grams: dict[int, dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))

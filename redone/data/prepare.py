@@ -90,6 +90,19 @@ def prepare_tiny(dest: Path, seed: int = 0) -> Path:
     return dest
 
 
+def prepare_tiny_pipeline(dest: Path, seed: int = 0) -> Path:
+    """<dest>/{train,val,test,general,sft}.jsonl for the tiny pipeline. Idempotent; returns dest."""
+    from redone.data.tiny_pipeline import SIZES, write_tiny_pipeline
+
+    if _is_made(dest, seed):
+        return dest
+    with _folder(dest) as work:
+        write_tiny_pipeline(work, seed)
+        source = {"licence": "Apache-2.0 (made here)"}
+        _write_manifest(work, {"seed": seed, "items_per_task": SIZES, "source": source})
+    return dest
+
+
 def _write_task(work: Path, task: Task, split: Split, items: Sequence[tuple[str, str]]) -> None:
     rows = [verl_row(task, split, index, text, label) for index, (text, label) in enumerate(items)]
     _write_parquet(work / task / f"{split}.parquet", rows)
@@ -104,7 +117,10 @@ def _write_parquet(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def _write_manifest(work: Path, content: dict[str, Any]) -> None:
-    files = {str(path.relative_to(work)): sha256_of(path) for path in sorted(work.rglob("*.parquet"))}
+    files = {
+        str(path.relative_to(work)): sha256_of(path)
+        for path in sorted([*work.rglob("*.parquet"), *work.rglob("*.jsonl")])
+    }
     (work / MANIFEST).write_text(json.dumps({**content, "files": files}, indent=2) + "\n", encoding="utf-8")
 
 

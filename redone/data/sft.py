@@ -1,4 +1,4 @@
-"""Conversations to imitate: rows -> examples of tokens, and the batches of every epoch, decided by the seed."""
+"""Conversations to imitate: rows -> examples of tokens -> the batches of every epoch, by the seed."""
 
 from __future__ import annotations
 
@@ -59,8 +59,8 @@ def load_examples(files: Sequence[str], cfg: Config, chat: Chat) -> ExampleSet:
             if len(ids) > cfg.sft.max_length:
                 if cfg.sft.too_long == "error":
                     raise DataError(
-                        f"{place}: the conversation has {len(ids)} tokens, sft.max_length={cfg.sft.max_length}; "
-                        "raise it, or set sft.too_long=drop"
+                        f"{place}: the conversation has {len(ids)} tokens, sft.max_length="
+                        f"{cfg.sft.max_length}; raise it, or set sft.too_long=drop"
                     )
                 too_long += 1
                 continue
@@ -76,7 +76,9 @@ def conversation(values: Mapping[str, Any], cfg: Config, place: str) -> tuple[Me
     whole = values.get("messages")
     if whole is not None:
         if not isinstance(whole, list | tuple) or len(whole) < 2:
-            raise DataError(f"{place}: messages must be a list that ends with the assistant, got {whole!r:.80}")
+            raise DataError(
+                f"{place}: messages must be a list that ends with the assistant, got {whole!r:.80}"
+            )
         last = whole[-1]
         if not isinstance(last, Mapping) or last.get("role") != "assistant":
             raise DataError(f"{place}: messages must end with the assistant, not {last!r:.80}")
@@ -144,9 +146,7 @@ def fingerprint(examples: Sequence[Example], sft: SftConfig, seed: int) -> str:
     return _digest(*ids, seed, *options).hex()
 
 
-def _example(
-    key: str, copy: int, task: str, ids: IntArray, mask: NDArray[np.bool_], place: str
-) -> Example:
+def _example(key: str, copy: int, task: str, ids: IntArray, mask: NDArray[np.bool_], place: str) -> Example:
     trained = np.flatnonzero(mask)
     if len(trained) == 0 or trained[0] == 0:
         raise DataError(f"{place}: nothing to train on, or no prompt before it")

@@ -205,7 +205,9 @@ def evaluation_of(answers: Sequence[Answers]) -> Evaluation:
     prompts = [_prompt(a) for a in answers]
     labels = label_sets(prompts)
     items = [
-        make_item(prompt, [_completion(s) for s in a.samples], [_score(s) for s in a.samples], labels.get(a.task))
+        make_item(
+            prompt, [_completion(s) for s in a.samples], [_score(s) for s in a.samples], labels.get(a.task)
+        )
         for prompt, a in zip(prompts, answers, strict=True)
     ]
     return Evaluation(items=tuple(items))

@@ -77,7 +77,9 @@ def diagnose(
     """One report per task, weakest first. `constants`: task -> (best constant answer, its mean score)."""
     by_task = _by_task(answers)
     before = _by_task(base or ())
-    reports = [_report(task, found, before.get(task), constants.get(task), node) for task, found in by_task.items()]
+    reports = [
+        _report(task, found, before.get(task), constants.get(task), node) for task, found in by_task.items()
+    ]
     return sorted(reports, key=lambda r: (-r.rank, r.task))
 
 
@@ -221,7 +223,9 @@ def _slices(answers: Sequence[Answers], keys: Sequence[str]) -> tuple[SliceRepor
     for name, rates in sorted(cut.items()):
         if len(rates) >= MIN_SLICE:
             low, high = mean_interval(rates)
-            found.append(SliceReport(name=name, n=len(rates), pass_rate=float(np.mean(rates)), low=low, high=high))
+            found.append(
+                SliceReport(name=name, n=len(rates), pass_rate=float(np.mean(rates)), low=low, high=high)
+            )
     return tuple(found)
 
 

@@ -27,7 +27,7 @@ SECTIONS: dict[str, tuple[str, ...]] = {
 }
 # What stands for files (their content counts), and what changes no result.
 NOT_VALUES: dict[str, tuple[str, ...]] = {
-    "model": ("path",),
+    "model": ("path", "max_model_len"),
     "data": ("train", "val", "test"),
     "sft": ("train", "val"),
     "trainer": ("timeout_s", "num_threads"),
@@ -83,7 +83,11 @@ def evaluation_files(node: SftSetNode, whole: Config) -> list[str]:
 
 def _own(node: Node) -> dict[str, Any]:
     """The node's own keys; which nodes and files it names counts by content, its overrides by section."""
-    plain = node.model_dump(mode="json", exclude={"overrides", "model", "data", "bucket", "evaluation", "base"})
+    plain = node.model_dump(
+        mode="json", exclude={"overrides", "model", "data", "bucket", "evaluation", "base"}
+    )
     if "sources" in plain:
-        plain["sources"] = [{k: (len(v) if k == "files" else v) for k, v in s.items()} for s in plain["sources"]]
+        plain["sources"] = [
+            {k: (len(v) if k == "files" else v) for k, v in s.items()} for s in plain["sources"]
+        ]
     return plain

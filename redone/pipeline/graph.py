@@ -109,7 +109,7 @@ class Graph:
 
     @staticmethod
     def create(cfg: Config, root: Path | None = None) -> Graph:
-        """The folder run.dir/run.name, made or found again. Raises RunFolderError when it is something else."""
+        """The folder run.dir/run.name, made or found. Raises RunFolderError when it is something else."""
         root = root or Path(cfg.run.dir) / cfg.run.name
         if root.exists() and any(root.iterdir()):
             check_run_folder(root)
@@ -162,7 +162,7 @@ class Graph:
         functions: Mapping[str, Function],
         observer: GraphObserver,
     ) -> None:
-        """Make every node of `names` that is not finished. A node's error ends the run; what is finished stays."""
+        """Make every node of `names` that is not finished. A node's error ends the run; others stay."""
         for name in names:
             inputs = self.inputs(name)
             folder = self.folder(name, inputs)
@@ -199,6 +199,9 @@ class Graph:
                     found[key] = self.digests.of(self.cfg.model.path)
                 else:
                     found[key] = self.digests.of(other)
+                if role == "evaluation":
+                    rows = self.row_files(other)
+                    found |= {f"{key}.rows[{i}]": self.digests.of(f) for i, f in enumerate(rows)}
         cfg = stage_config(self.cfg, name)
         return found | content_of(name, node, cfg, self.cfg, self.digests)
 
@@ -210,7 +213,8 @@ class Graph:
         done = self.finished.get(name) or self.look(name)
         if done is None:
             raise RunFolderError(
-                f"node {name!r} is not finished in {self.root}; run it first (`redone run CONFIG --until {name}`)"
+                f"node {name!r} is not finished in {self.root}; run it first: "
+                f"redone run CONFIG --until {name}"
             )
         return done.outputs[role]
 
@@ -225,6 +229,12 @@ class Graph:
 
     def path(self, output: Output) -> Path:
         return self.root / output.path  # an absolute path wins
+
+    def row_files(self, name: str) -> list[str]:
+        """The files of prompts or conversations that node `name` reads."""
+        nodes = self.cfg.pipeline.nodes
+        rows = references(nodes[name])["rows"]
+        return [str(self.path(self.output(r, READS["rows"]))) if r in nodes else r for r in rows]
 
     def task(self, name: str, folder: Path) -> Task:
         """Paths of everything that the node names."""

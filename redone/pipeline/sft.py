@@ -122,8 +122,8 @@ class SftRun:
                 self.folder.save(state, self.trainer.save, self.cfg.checkpoint.keep)
             except (OSError, RedoneError) as error:
                 raise RedoneError(
-                    f"cannot save step {step} in {self.folder.checkpoints}: {error}. Remedy: free space, then "
-                    f"--resume {self.folder.path}"
+                    f"cannot save step {step} in {self.folder.checkpoints}: {error}. Remedy: free space, "
+                    f"then --resume {self.folder.path}"
                 ) from None
 
     def finish(self) -> None:

@@ -35,7 +35,9 @@ class Recorder:
         devices: int = 1,
         name: str = "run",
         config: Mapping[str, Any] | None = None,
+        display: Display | None = None,
     ) -> None:
+        """`display`: in the place of one of its own, for a run inside a pipeline."""
         self._sinks: list[Sink] = build_sinks(
             cfg.loggers, folder, project=cfg.project, name=name, config=config or {}
         )
@@ -44,7 +46,8 @@ class Recorder:
         self._devices = devices
         self._response_tokens = 0  # of the current step
         self._total_tokens = 0
-        self._display = Display(total_steps, first_step) if "console" in cfg.loggers else None
+        own = Display(total_steps, first_step) if "console" in cfg.loggers else None
+        self._display = display or own
 
     def __enter__(self) -> Recorder:
         if self._display:

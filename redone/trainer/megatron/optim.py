@@ -16,7 +16,8 @@ from redone.config.schema import OptimConfig
 def learning_rate(step: int, optim: OptimConfig, total_steps: int) -> float:
     """Rate of step `step` (from 0; rollout steps of RL, optimizer steps of SFT).
 
-    Linear warm-up reaches the peak at step lr_warmup_steps - 1 (lr_warmup_ratio: that share of all steps); then the rate is constant, or decays (linear,
+    Linear warm-up reaches the peak at step lr_warmup_steps - 1 (lr_warmup_ratio: that share of all steps);
+    then the rate is constant, or decays (linear,
     cosine) to min_lr at the last of `total_steps`.
     """
     warmup = optim.lr_warmup_steps
