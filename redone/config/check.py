@@ -168,11 +168,6 @@ def _algorithm(cfg: Config) -> Iterator[str]:
             if value != off:
                 yield f"{key}={value} has no meaning with algorithm.loss.type=sft; set it to {off}"
     o = cfg.trainer.optim
-    if o.lr_warmup_steps and o.lr_warmup_ratio is not None:
-        yield (
-            f"trainer.optim.lr_warmup_steps={o.lr_warmup_steps} and "
-            f"trainer.optim.lr_warmup_ratio={o.lr_warmup_ratio} exclude each other; set one"
-        )
     if o.lr_warmup_steps >= a.total_steps and o.lr_warmup_steps > 0:
         yield (
             f"trainer.optim.lr_warmup_steps={o.lr_warmup_steps} leaves no step of algorithm.total_steps="

@@ -255,6 +255,11 @@ class OptimConfig(Section):
     def _rates(self) -> OptimConfig:
         if self.min_lr > self.lr:
             raise ValueError(f"min_lr={self.min_lr} exceeds lr={self.lr}; lower it")
+        if self.lr_warmup_steps and self.lr_warmup_ratio is not None:
+            raise ValueError(
+                f"lr_warmup_steps={self.lr_warmup_steps} and lr_warmup_ratio={self.lr_warmup_ratio} exclude "
+                "each other; set one"
+            )
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas={list(self.betas)}; each must be >= 0 and < 1")
         return self
