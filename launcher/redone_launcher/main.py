@@ -26,24 +26,7 @@ def parser(planning: bool = False) -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"redone {__version__}")
     top.add_argument("--debug", action="store_true", help="show the traceback of an error as well")
     commands = top.add_subparsers(metavar="COMMAND", required=True)
-
-    run = commands.add_parser("run", help="train as a configuration says, on this machine")
-    run.add_argument("config", nargs="?", help="YAML file (not with --resume)")
-    run.add_argument("overrides", nargs="*", metavar="a.b=c", help="override a key of the configuration")
-    run.add_argument("--resume", type=Path, metavar="RUN_FOLDER", help="go on with an interrupted run")
-    for name, text in (
-        ("--from", "a pipeline: make this node and all that rests on it again"),
-        ("--until", "a pipeline: stop behind this node"),
-        ("--only", "a pipeline: make this node again, alone"),
-    ):
-        run.add_argument(name, dest=name, metavar="NODE", help=text)
-    run.set_defaults(run=_run)
-
-    ablation = commands.add_parser("ablate", help="all rows of pipeline.ablation, as one table")
-    ablation.add_argument("config", type=Path, help="YAML file with pipeline.ablation")
-    ablation.add_argument("overrides", nargs="*", metavar="a.b=c", help="override a key of the configuration")
-    ablation.set_defaults(run=_ablate)
-
+    _add_runs(commands)
     data = commands.add_parser("data", help="prepare, fetch and audit data").add_subparsers(
         metavar="ACTION", required=True
     )
@@ -86,6 +69,37 @@ def parser(planning: bool = False) -> argparse.ArgumentParser:
     docs = config.add_parser("docs", help="print docs/config.md as generated from the schema")
     docs.set_defaults(run=_config_docs)
     return top
+
+
+def _add_runs(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """The subcommands that start engines or trainers."""
+    run = commands.add_parser("run", help="train as a configuration says, on this machine")
+    run.add_argument("config", nargs="?", help="YAML file (not with --resume)")
+    run.add_argument("overrides", nargs="*", metavar="a.b=c", help="override a key of the configuration")
+    run.add_argument("--resume", type=Path, metavar="RUN_FOLDER", help="go on with an interrupted run")
+    for name, text in (
+        ("--from", "a pipeline: make this node and all that rests on it again"),
+        ("--until", "a pipeline: stop behind this node"),
+        ("--only", "a pipeline: make this node again, alone"),
+    ):
+        run.add_argument(name, dest=name, metavar="NODE", help=text)
+    run.set_defaults(run=_run)
+
+    ablation = commands.add_parser("ablate", help="all rows of pipeline.ablation, as one table")
+    ablation.add_argument("config", type=Path, help="YAML file with pipeline.ablation")
+    ablation.add_argument("overrides", nargs="*", metavar="a.b=c", help="override a key of the configuration")
+    ablation.set_defaults(run=_ablate)
+
+    generate = commands.add_parser(
+        "generate", help="a model's answers to the rows of a file (jsonl, parquet)"
+    )
+    generate.add_argument(
+        "config", type=Path, help="YAML file: model, data, rollout.engine, evaluate.sampling"
+    )
+    generate.add_argument("--input", type=Path, required=True, help="rows with a prompt")
+    generate.add_argument("--output", type=Path, required=True, help="jsonl; gone on with when it is there")
+    generate.add_argument("overrides", nargs="*", metavar="a.b=c", help="override a key of the configuration")
+    generate.set_defaults(run=_generate)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -133,6 +147,12 @@ def _ablate(args: argparse.Namespace) -> int:
 
     ablate(args.config, args.overrides)
     return 0
+
+
+def _generate(args: argparse.Namespace) -> int:
+    from redone_launcher.generate import generate_command
+
+    return generate_command(args.config, args.input, args.output, args.overrides)
 
 
 def _plan(args: argparse.Namespace) -> int:

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
+from redone.api import EngineFleet
 from redone.config.schema import Config
 
 if TYPE_CHECKING:
@@ -24,14 +25,23 @@ class Session:
 
     def cluster(self, cfg: Config, note: Callable[[str], None], with_engines: bool = True) -> RayCluster:
         """Processes that hold cfg.model.path: the present ones where they can take over, else new ones."""
-        from redone.cluster.cluster import RayCluster  # ray takes a second to import: not before the checks
-
         if self._cluster is not None and self._cluster.serves(cfg, with_engines):
             self._cluster.adopt(cfg)
             return self._cluster
+        return self._start(cfg, note, with_engines or self._keep_engines, True)
+
+    def engines(self, cfg: Config, note: Callable[[str], None]) -> EngineFleet:
+        """Engines alone, loaded from cfg.model.path."""
+        return self._start(cfg, note, True, False).engines()
+
+    def _start(
+        self, cfg: Config, note: Callable[[str], None], with_engines: bool, with_trainers: bool
+    ) -> RayCluster:
+        from redone.cluster.cluster import RayCluster  # ray takes a second to import: not before the checks
+
         self.close(graceful=True)
         self._log_dir.mkdir(parents=True, exist_ok=True)
-        self._cluster = RayCluster(cfg, self._log_dir, note, with_engines or self._keep_engines)
+        self._cluster = RayCluster(cfg, self._log_dir, note, with_engines, with_trainers)
         # After ray.init, which takes SIGTERM for a crash handler; a background job ignores SIGINT.
         signal.signal(signal.SIGTERM, _interrupt)
         signal.signal(signal.SIGINT, _interrupt)

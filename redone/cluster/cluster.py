@@ -36,8 +36,10 @@ class RayCluster:
         log_dir: Path,
         status: Callable[[str], None] = log.info,
         with_engines: bool = True,
+        with_trainers: bool = True,
     ) -> None:
-        self.cfg, self.log_dir, self.with_engines = cfg, log_dir, with_engines
+        self.cfg, self.log_dir = cfg, log_dir
+        self.with_engines, self.with_trainers = with_engines, with_trainers
         self._fleet: RayEngineFleet | None = None
         self._group: RayTrainerGroup | None = None
         self._peers: list[Peer] = []
@@ -71,37 +73,42 @@ class RayCluster:
         trainers = [
             self._spawn(TrainerActor, f"trainer rank {r}", f"trainer-{r}", seat, r)
             for r, seat in enumerate(trainer_seats(cfg))
+            if self.with_trainers
         ]
         self._peers = [*trainers, *engines]
         status(f"starting {len(trainers)} trainer rank(s) and {len(engines)} engine(s)")
         engine_refs = [e.handle.start.remote() for e in engines]
-        addresses = join(
-            trainers, [t.handle.prepare.remote() for t in trainers], "prepare", timeout, TrainerError
-        )
-        init = "tcp://{}:{}".format(*addresses[0])
-        infos = join(
-            trainers, [t.handle.start.remote(init) for t in trainers], "start", timeout, TrainerError
-        )
-        if engines:
+        infos: list[Any] = []
+        if trainers:
+            init = self._meet(trainers)
+            refs = [t.handle.start.remote(init) for t in trainers]
+            infos = join(trainers, refs, "start", timeout, TrainerError)
+        if trainers and engines:
             status("trainer ready, waiting for the engine")
         engine_infos = join(engines, engine_refs, "start", timeout, EngineError)
         self._remember_pids()
         self._trainers, self._engines, self._engine_infos = trainers, engines, engine_infos
         self._fleet = RayEngineFleet(cfg, engines, engine_infos)
-        self._group = RayTrainerGroup(cfg, trainers, infos, self.location)
+        if trainers:
+            self._group = RayTrainerGroup(cfg, trainers, infos, self.location)
+
+    def _meet(self, trainers: list[Peer]) -> str:
+        """Import what the ranks need, and agree on their rendezvous."""
+        timeout = self.cfg.cluster.ray.start_timeout_s
+        refs = [t.handle.prepare.remote() for t in trainers]
+        addresses = join(trainers, refs, "prepare", timeout, TrainerError)
+        return "tcp://{}:{}".format(*addresses[0])
 
     def serves(self, cfg: Config, with_engines: bool) -> bool:
         """Whether these processes can take over a run of `cfg` (see `adopt`)."""
-        return self.with_engines >= with_engines and _processes(cfg) == _processes(self.cfg)
+        fits = self.with_trainers and self.with_engines >= with_engines
+        return fits and _processes(cfg) == _processes(self.cfg)
 
     def adopt(self, cfg: Config) -> None:
         """Another run of the same model architecture in the same processes: the trainer starts anew from
         cfg.model.path, and the engines receive its weights as version 0, checked by digest and canary."""
         timeout, trainers = cfg.cluster.ray.start_timeout_s, self._trainers
-        addresses = join(
-            trainers, [t.handle.prepare.remote() for t in trainers], "prepare", timeout, TrainerError
-        )
-        init = "tcp://{}:{}".format(*addresses[0])
+        init = self._meet(trainers)
         refs = [t.handle.restart.remote(cfg, init) for t in trainers]
         infos = join(trainers, refs, "restart", timeout, TrainerError)
         self.cfg = cfg
@@ -128,10 +135,11 @@ class RayCluster:
 
     def close(self, graceful: bool = False) -> None:
         """Graceful: actors say goodbye first. Otherwise they are killed, since a rank may hang."""
-        if graceful and self._fleet and self._group:
+        if graceful:
             for part in (self._fleet, self._group):
                 try:
-                    part.close()
+                    if part is not None:
+                        part.close()
                 except (RedoneError, RayError) as error:
                     log.warning("while closing: %s", error)
         for peer in self._peers:

@@ -10,10 +10,10 @@ import asyncio
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TextIO, TypeVar
 
 import numpy as np
 
@@ -23,6 +23,8 @@ from redone.errors import DataError, RedoneError
 from redone.evaluate.runner import Evaluation, Scorer, label_sets, make_item, reference_text, sample_seed
 from redone.types import Completion, Finish, Prompt, Sampling, Score, ScoreStatus
 
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 CONCURRENCY = 64  # prompts in flight
 NO_IDS = np.zeros(0, np.int32)
 NO_LOGPROBS = np.zeros(0, np.float32)
@@ -94,9 +96,13 @@ def answer_prompts(
     path.parent.mkdir(parents=True, exist_ok=True)
     rest = prompts[len(done) :]
     with path.open("a", encoding="utf-8") as file:
+        before = len(done)
         done += asyncio.run(
-            _answer(rest, engines, rewards, sampling, n, seed, concurrency, file, len(done), progress)
-        )
+            _answer(
+                rest, engines, rewards, sampling, n, seed, concurrency, file,
+                lambda more: progress(before + more, len(prompts)),
+            )
+        )  # fmt: skip
         file.flush()
         os.fsync(file.fileno())
     _check_failures(done, max_failed_share)
@@ -111,31 +117,48 @@ async def _answer(
     n: int,
     seed: int,
     concurrency: int,
-    file: Any,
-    before: int,
-    progress: Callable[[int, int], None],
+    file: TextIO,
+    progress: Callable[[int], None],
 ) -> list[Answers]:
-    gate = asyncio.Semaphore(concurrency)
-    waiting: dict[int, Answers] = {}
-    written: list[Answers] = []
+    async def answer(prompt: Prompt) -> Answers:
+        seeds = [sample_seed(seed, prompt.id, i) for i in range(n)]
+        completions = await engines.generate(prompt.token_ids.tolist(), sampling, seeds)
+        scores = await asyncio.gather(*(rewards.score(prompt, c) for c in completions))
+        return record(prompt, completions, scores)
 
-    async def answer(place: int, prompt: Prompt) -> None:
+    return await in_order(
+        prompts, answer, lambda a: json.dumps(asdict(a), ensure_ascii=False), file, concurrency, progress
+    )
+
+
+async def in_order(
+    items: Sequence[Item],
+    work: Callable[[Item], Awaitable[Result]],
+    line: Callable[[Result], str],
+    file: TextIO,
+    concurrency: int,
+    progress: Callable[[int], None],
+) -> list[Result]:
+    """work(item) for all items, `concurrency` at once; lines are appended in the items' order as soon as
+    they can be, so a file that was cut short is a prefix of the whole one. The first error of any item is raised."""
+    gate = asyncio.Semaphore(concurrency)
+    waiting: dict[int, Result] = {}
+    written: list[Result] = []
+
+    async def run(place: int, item: Item) -> None:
         async with gate:
-            seeds = [sample_seed(seed, prompt.id, i) for i in range(n)]
-            completions = await engines.generate(prompt.token_ids.tolist(), sampling, seeds)
-            scores = await asyncio.gather(*(rewards.score(prompt, c) for c in completions))
-        waiting[place] = record(prompt, completions, scores)
-        while len(written) in waiting:  # in order: a file that was cut short is a prefix of the whole one
-            line = waiting.pop(len(written))
-            file.write(json.dumps(asdict(line), ensure_ascii=False) + "\n")
+            waiting[place] = await work(item)
+        while len(written) in waiting:
+            found = waiting.pop(len(written))
+            file.write(line(found) + "\n")
             file.flush()
-            written.append(line)
-            progress(before + len(written), before + len(prompts))
+            written.append(found)
+            progress(len(written))
 
     try:
         async with asyncio.TaskGroup() as group:
-            for place, prompt in enumerate(prompts):
-                group.create_task(answer(place, prompt))
+            for place, item in enumerate(items):
+                group.create_task(run(place, item))
     except BaseExceptionGroup as errors:
         raise errors.exceptions[0] from None
     return written
