@@ -44,15 +44,24 @@ def fetch(name: str | None, dest: Path) -> int:
 
 
 def audit(folder: Path) -> int:
-    """Print the problems of `folder`/ledger.jsonl; 1 when there is one."""
-    from redone.data.ledger import audit as audit_ledger
+    """Print the problems of `folder`/ledger.jsonl, or of all nodes of a pipeline; 1 when there is one.
 
-    ledger = folder / "ledger.jsonl"
-    if not ledger.is_file():
+    A pipeline: every ledger, and in every file of answers each prompt once.
+    """
+    from redone.data.ledger import audit as audit_ledger
+    from redone.pipeline.answers import repeated_prompts
+
+    found = {ledger: audit_ledger(ledger) for ledger in sorted(folder.glob("nodes/*/run/ledger.jsonl"))}
+    for name in ("answers", "candidates"):
+        answers = sorted(folder.glob(f"nodes/*/{name}.jsonl"))
+        found |= {path: repeated_prompts(path) for path in answers}
+    if (folder / "ledger.jsonl").is_file():
+        found[folder / "ledger.jsonl"] = audit_ledger(folder / "ledger.jsonl")
+    if not found:
         raise RunFolderError(f"{folder} has no ledger.jsonl; give the folder that `redone run` made")
-    problems = audit_ledger(ledger)
-    for problem in problems:
-        print(problem)
-    lines = sum(1 for _ in ledger.open(encoding="utf-8"))
-    print(f"{ledger}: {lines} records, {len(problems)} problems")
-    return 1 if problems else 0
+    for path, problems in found.items():
+        for problem in problems:
+            print(problem)
+        lines = sum(1 for _ in path.open(encoding="utf-8"))
+        print(f"{path}: {lines} records, {len(problems)} problems")
+    return 1 if any(found.values()) else 0

@@ -124,6 +124,9 @@ class DiagnoseNode(NodeBase):
     regression: float = Field(
         0.0, ge=0, description="A task also fails when it is worse than base by more than this (p < 0.05)."
     )
+    constant_fails: bool = Field(
+        True, description="A task that is no better than a constant answer fails, whatever its score."
+    )
     max_tasks: int | None = Field(None, ge=1, description="Most tasks in the bucket, weakest first.")
     slices: tuple[str, ...] = Field((), description="extra_info keys that cut tasks into slices.")
     weights: dict[str, float] = Field({}, description="Task -> importance in the ranking; default 1.")

@@ -10,6 +10,7 @@ import asyncio
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -140,7 +141,7 @@ async def in_order(
     progress: Callable[[int], None],
 ) -> list[Result]:
     """work(item) for all items, `concurrency` at once; lines are appended in the items' order as soon as
-    they can be, so a file that was cut short is a prefix of the whole one. The first error of any item is raised."""
+    they can be, so a file that was cut short is a prefix of the whole one. The first error is raised."""
     gate = asyncio.Semaphore(concurrency)
     waiting: dict[int, Result] = {}
     written: list[Result] = []
@@ -207,6 +208,12 @@ def read_answers(path: Path, repair: bool = False) -> list[Answers]:
         except (ValueError, TypeError, KeyError) as error:
             raise DataError(f"{path}, line {number}: not a line of answers ({error})") from error
     return found
+
+
+def repeated_prompts(path: Path) -> list[str]:
+    """Prompts that were answered more than once, one sentence each; none for a clean file."""
+    counts = Counter(a.prompt_id for a in read_answers(path))
+    return [f"prompt {i} answered {n} times" for i, n in counts.items() if n > 1]
 
 
 def draw_prompts(prompts: PromptSet, max_per_task: int | None, seed: int) -> list[Prompt]:

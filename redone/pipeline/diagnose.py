@@ -170,7 +170,7 @@ def _judged(
         flags.append("rewards failed")
     measured = r.pass_rate if node.score == "pass_rate" else r.mean_score
     weight = node.weights.get(r.task, 1.0)
-    lost = "regression" in flags or any("constant" in f for f in flags)
+    lost = "regression" in flags or (node.constant_fails and any("constant" in f for f in flags))
     fails = measured < node.fail_below or lost
     rank = weight * max(node.fail_below - measured, 0.05 if lost else measured - 1.0)
     return replace(r, flags=tuple(flags), verdict=verdict(r), failing=fails, rank=rank)

@@ -21,7 +21,8 @@ DENSE: dict[str, Any] = {
 }  # fmt: skip
 MOE: dict[str, Any] = {
     **DENSE, "model_type": "qwen3_moe", "num_hidden_layers": 48, "hidden_size": 2048,
-    "intermediate_size": 6144, "num_key_value_heads": 4, "num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768,
+    "intermediate_size": 6144, "num_key_value_heads": 4, "num_experts": 128, "num_experts_per_tok": 8,
+    "moe_intermediate_size": 768,
     "tie_word_embeddings": False,
 }  # fmt: skip
 

@@ -72,6 +72,8 @@ def test_a_gain_that_a_constant_explains_is_flagged() -> None:
     base = many((1.0, 0.0), share=0.5)
     found = report(now, base, constants={"t": ("[]", 0.66)})
     assert "gain explained by a constant answer" in found.flags and found.failing
+    kept = report(now, base, constants={"t": ("[]", 0.66)}, constant_fails=False)
+    assert "gain explained by a constant answer" in kept.flags and not kept.failing
     varied = [answers(f"t{i}", (1.0, 0.0) if i % 4 else (0.0, 0.0)) for i in range(N)]
     assert (
         "gain explained by a constant answer" not in report(varied, base, constants={"t": ("[]", 0.1)}).flags
