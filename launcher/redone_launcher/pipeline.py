@@ -52,7 +52,9 @@ def ablate(config: Path, overrides: Sequence[str]) -> None:
         raise ConfigError(f"{config}: pipeline.ablation is empty; name rows -> evaluate nodes")
     check_config(cfg, read_model_config(cfg.model.path))
     targets = tuple(dict.fromkeys(rows.values()))
-    cfg = cfg.model_copy(update={"pipeline": cfg.pipeline.model_copy(update={"targets": targets})})
+    cfg = cfg.model_copy(
+        update={"pipeline": cfg.pipeline.model_copy(update={"targets": targets, "table": {}})}
+    )
     graph = Graph.create(cfg)
     names, _ = graph.wanted()
     make(graph, names, set())

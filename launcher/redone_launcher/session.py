@@ -22,13 +22,24 @@ class Session:
         """keep_engines: start engines also for a run without them, because later ones need them."""
         self._log_dir, self._keep_engines = log_dir, keep_engines
         self._cluster: RayCluster | None = None
+        self._held: str | None = None  # the model that trainer and engines hold unchanged
 
     def cluster(self, cfg: Config, note: Callable[[str], None], with_engines: bool = True) -> RayCluster:
         """Processes that hold cfg.model.path: the present ones where they can take over, else new ones."""
+        self._held = None  # it will be trained on
         if self._cluster is not None and self._cluster.serves(cfg, with_engines):
             self._cluster.adopt(cfg)
             return self._cluster
         return self._start(cfg, note, with_engines or self._keep_engines, True)
+
+    def answering(self, cfg: Config, note: Callable[[str], None]) -> EngineFleet:
+        """Engines that hold cfg.model.path; nothing is loaded when they do already."""
+        ready = self._cluster is not None and self._cluster.serves(cfg, True)
+        if not (ready and self._held == cfg.model.path):
+            self.cluster(cfg, note)
+            self._held = cfg.model.path
+        assert self._cluster is not None
+        return self._cluster.engines()
 
     def engines(self, cfg: Config, note: Callable[[str], None]) -> EngineFleet:
         """Engines alone, loaded from cfg.model.path."""

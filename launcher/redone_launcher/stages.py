@@ -230,8 +230,7 @@ class Stages:
         check_config(cfg, read_model_config(cfg.model.path), "generate")
         sampling = replace(sampling, stop_token_ids=load_chat(cfg.model).stop_token_ids)
         self.display.line(task.name, "loading the model")
-        cluster = self.session.cluster(cfg, lambda text: self._say(task, text))
-        engines = cluster.engines()
+        engines = self.session.answering(cfg, lambda text: self._say(task, text))
         with engines.awake():
             return answer_prompts(
                 prompts, engines, rewards, sampling, n=n, seed=cfg.run.seed, path=path,

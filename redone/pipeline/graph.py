@@ -139,14 +139,18 @@ class Graph:
         """(nodes to visit in order, those of them to make again though finished).
 
         start: that node and everything that rests on it again. until: that node and what it needs. only: that
-        node alone, again. Without: pipeline.targets and what they need. Raises ConfigError on unknown names.
+        node alone, again. Without: pipeline.targets, the nodes of pipeline.table, and what they need. Raises
+        ConfigError on unknown names.
         """
         for name in (start, until, only):
             if name is not None and name not in self.cfg.pipeline.nodes:
                 raise ConfigError(f"{name!r} is no node of this pipeline; there are {', '.join(self.order)}")
         if only is not None:
             return [only], {only}
-        targets = [until] if until else list(self.cfg.pipeline.targets or self.order)
+        pipeline = self.cfg.pipeline
+        targets = [until] if until else [*pipeline.targets, *pipeline.table.values()]
+        if not until and not pipeline.targets:
+            targets = list(self.order)
         chosen = set(targets).union(*(ancestors(self.cfg.pipeline, t) for t in targets))
         again: set[str] = set()
         if start is not None:

@@ -51,8 +51,8 @@ def test_every_node_is_finished_and_says_what_it_did(made: Made) -> None:
     found = nodes(root)
     assert set(found) == {
         "explore_data", "explore", "evaluate_base", "evaluate_explore", "probe_base", "probe_explore",
-        "diagnose", "sft_set", "soft_labels", "target", "evaluate_target", "probe_target", "refine_data", "refine",
-        "evaluate_refine",
+        "diagnose", "sft_set", "soft_labels", "target", "evaluate_target", "probe_target",
+        "refine_data", "refine", "evaluate_refine",
     }  # fmt: skip
     assert found["explore_data"]["facts"]["rows"] == 96
     assert "first" in found["diagnose"]["facts"]["failing"]

@@ -185,7 +185,9 @@ def test_choosing_nodes(place: Place) -> None:
 
 def test_targets_leave_the_rest_out(place: Place) -> None:
     cfg = place.config()
-    cfg = cfg.model_copy(update={"pipeline": cfg.pipeline.model_copy(update={"targets": ("measure",)})})
+    cfg = cfg.model_copy(
+        update={"pipeline": cfg.pipeline.model_copy(update={"targets": ("measure",), "table": {}})}
+    )
     assert place.run(cfg) == ["rows", "explore", "measure"]
 
 
