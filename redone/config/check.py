@@ -7,13 +7,17 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from redone.config.load import format_problems
+from redone.config.nodes import node_order, stage_config
+from redone.config.pipeline import EvaluateNode, RlNode, SftNode, SoftLabelNode
 from redone.config.schema import Config, CustomReward, DrGrpoLoss, SftLoss
 from redone.errors import ConfigError
 from redone.layout import ModelShape, check_layout
 
+Purpose = Literal["rl", "sft", "pipeline", "generate"]
+PURPOSES: dict[str, Purpose] = {"rl": "rl", "sft": "sft", "evaluate": "generate", "soft_labels": "generate"}
 WEIGHT_PATTERNS = ("*.safetensors", "pytorch_model*.bin")
 _PREPARE = "run `redone data prepare` or set model.path to a Hugging Face folder"
 
@@ -38,17 +42,63 @@ def read_model_config(path: str | Path) -> dict[str, Any]:
     return found
 
 
-def check_config(cfg: Config, model_config: Mapping[str, Any] | None = None) -> tuple[str, ...]:
+def check_config(
+    cfg: Config, model_config: Mapping[str, Any] | None = None, purpose: Purpose | None = None
+) -> tuple[str, ...]:
     """Returns warnings (legal, but probably not meant).
 
     `model_config` is config.json of the model; without it, relations to the model are not checked.
+    `purpose`: what the configuration is used for; default: its kind (a pipeline's nodes are checked each).
     Raises ConfigError: one message that lists every problem.
     """
-    problems = [*_batch(cfg), *_lengths(cfg, model_config), *_algorithm(cfg), *_evaluation(cfg), *_files(cfg)]
-    problems += [*_engines(cfg), *_layout(cfg, model_config), *_profile(cfg)]
+    wanted = purpose or cfg.kind
+    problems = [*_lengths(cfg, model_config), *_files(cfg, wanted), *_engines(cfg)]
+    problems += [*_layout(cfg, model_config)]
+    if wanted == "rl":
+        problems += [*_batch(cfg), *_algorithm(cfg), *_evaluation(cfg), *_profile(cfg)]
+    elif wanted == "sft":
+        problems += _sft(cfg)
+    elif wanted == "pipeline":
+        problems += _pipeline(cfg, model_config)
     if problems:
-        raise ConfigError(format_problems("configuration", problems))
-    return tuple(_warnings(cfg))
+        raise ConfigError(format_problems("configuration", list(dict.fromkeys(problems))))
+    return tuple(_warnings(cfg)) if wanted == "rl" else ()
+
+
+def _sft(cfg: Config) -> Iterator[str]:
+    s, budget = cfg.sft, cfg.trainer.max_token_len_per_rank
+    if not s.train:
+        yield "sft.train is empty; give files of conversations"
+    if s.max_length > budget:
+        yield (
+            f"sft.max_length={s.max_length} exceeds trainer.max_token_len_per_rank={budget}: the longest "
+            f"example would not fit a micro-batch; raise the latter to {s.max_length} or more"
+        )
+
+
+def _pipeline(cfg: Config, model_config: Mapping[str, Any] | None) -> Iterator[str]:
+    if not cfg.pipeline.nodes:
+        yield "pipeline.nodes is empty; name its nodes, or set run.job"
+    try:
+        order = node_order(cfg.pipeline)
+    except ConfigError as error:
+        yield str(error)
+        return
+    for name in order:
+        node = cfg.pipeline.nodes[name]
+        if not isinstance(node, RlNode | SftNode | EvaluateNode | SoftLabelNode):
+            continue
+        try:
+            stage = stage_config(cfg, name)
+            check_config(stage, model_config, PURPOSES[node.kind])
+            gated = isinstance(node, RlNode) and node.gate.enable
+            if gated and not (stage.data.val and stage.evaluate.before_train):
+                yield (
+                    f"pipeline.nodes.{name}.gate.enable=true compares validation before and after; set "
+                    "data.val and evaluate.before_train=true"
+                )
+        except ConfigError as error:
+            yield f"pipeline.nodes.{name}: {str(error).removeprefix('configuration: ')}"
 
 
 def _batch(cfg: Config) -> Iterator[str]:
@@ -144,8 +194,10 @@ def _evaluation(cfg: Config) -> Iterator[str]:
         yield f"evaluate.sampling.n={e.sampling.n} greedy samples would be equal; use n=1 or a temperature"
 
 
-def _files(cfg: Config) -> Iterator[str]:
-    if not cfg.rewards:
+def _files(cfg: Config, purpose: Purpose) -> Iterator[str]:
+    if purpose == "rl" and not cfg.data.train:
+        yield "data.train is empty; give training files"
+    if not cfg.rewards and purpose != "sft":
         yield "rewards is empty; add one per task, or `default: {family: exact}`"
     for name, reward in cfg.rewards.items():
         if isinstance(reward, CustomReward) and not Path(reward.path).is_file():

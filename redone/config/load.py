@@ -21,7 +21,7 @@ from redone.config.verl_keys import explain
 from redone.errors import ConfigError
 
 MAX_SHOWN = 15
-_DISCRIMINATORS = ("type", "family")
+_DISCRIMINATORS = ("type", "family", "kind")
 _FAMILIES = ", ".join(variants_of(RewardConfig, None)[1])  # type: ignore[index]
 _LIMITS = {
     "greater_than": ("gt", ">"),
@@ -53,7 +53,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 def build_config(tree: Mapping[str, Any], overrides: Sequence[str], source: str) -> Config:
     """`tree` with `a.b=c` overrides on it, validated. Raises ConfigError."""
-    merged = _merge(tree, _parse_overrides(overrides))
+    merged = merge(tree, _parse_overrides(overrides))
     try:
         resolved = OmegaConf.to_container(OmegaConf.create(merged), resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
@@ -145,8 +145,8 @@ def _read(path: Path, including: tuple[Path, ...]) -> dict[str, Any]:
         raise ConfigError(f"{path}: base={bases!r} must be a list of files, e.g. [common.yaml]")
     merged: dict[str, Any] = {}
     for base in bases:
-        merged = _merge(merged, _read(path.parent / base, (*including, path.resolve())))
-    return _merge(merged, own)
+        merged = merge(merged, _read(path.parent / base, (*including, path.resolve())))
+    return merge(merged, own)
 
 
 def _parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
@@ -162,11 +162,11 @@ def _parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
         nested: Any = cast(dict[str, Any], parsed)["value"]
         for part in reversed(key.split(".")):
             nested = {part: nested}
-        tree = _merge(tree, cast(dict[str, Any], nested))
+        tree = merge(tree, cast(dict[str, Any], nested))
     return tree
 
 
-def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     """Mappings merge, anything else is replaced. A mapping that names another variant replaces the whole
     mapping:
     the numbers of a DAPO loss do not survive under a GSPO loss."""
@@ -178,7 +178,7 @@ def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]
         elif any(tag in old and tag in value and old[tag] != value[tag] for tag in _DISCRIMINATORS):
             merged[key] = dict(value)
         else:
-            merged[key] = _merge(old, value)
+            merged[key] = merge(old, value)
     return merged
 
 

@@ -13,7 +13,8 @@ from pydantic.fields import FieldInfo
 
 from redone.config.schema import Config
 
-ANY_NAME = "<task>"  # stands for the user's own key in a mapping such as `rewards`
+ANY_NAME = "<task>"  # stands for the user's own key in `rewards`
+PLACEHOLDERS = {"rewards": ANY_NAME, "nodes": "<node>"}  # in other mappings: <name>
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,7 +74,7 @@ def walk(model: type[BaseModel] = Config, prefix: str = "", variant: str = "") -
         path = f"{prefix}{name}"
         annotation, discriminator = _field_node(info)
         if get_origin(annotation) is dict and get_args(annotation)[1] is not object:
-            annotation, path = get_args(annotation)[1], f"{path}.{ANY_NAME}"
+            annotation, path = get_args(annotation)[1], f"{path}.{PLACEHOLDERS.get(name, '<name>')}"
         union = variants_of(annotation, discriminator)
         if union is not None:
             yield _variant_key(path, info, *union)

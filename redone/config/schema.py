@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from redone.config.judge import JudgeConfig
+from redone.config.pipeline import PipelineConfig, SftConfig
 from redone.config.rewards import (
     AnswerReward,
     Check,
@@ -34,17 +35,22 @@ __all__ = [
     "JudgeReward",
     "MetricReward",
     "PatternReward",
+    "PipelineConfig",
     "RewardBase",
     "RewardConfig",
     "RewardPoolConfig",
     "SandboxReward",
     "Section",
+    "SftConfig",
 ]
 
 SCHEMA_VERSION = 1
 
 
 class RunConfig(Section):
+    job: Literal["auto", "rl", "sft", "pipeline"] = Field(
+        "auto", description="auto: pipeline when pipeline.nodes is set, sft when sft.train is, else rl."
+    )
     name: str = Field(
         "run", pattern=r"^[A-Za-z0-9._-]+$", description="Name of the run folder under `run.dir`."
     )
@@ -73,7 +79,7 @@ class ModelSection(Section):
 
 
 class DataConfig(Section):
-    train: tuple[str, ...] = Field(description="Training files: verl parquet or slime jsonl.")
+    train: tuple[str, ...] = Field((), description="Training files of RL: verl parquet or slime jsonl.")
     val: tuple[str, ...] = Field((), description="Validation files: every choice is made on these.")
     test: tuple[str, ...] = Field(
         (), description="Held-out files, read once, at the end (and before training)."
@@ -242,6 +248,9 @@ class OptimConfig(Section):
     lr: float = Field(1e-6, gt=0, description="Peak learning rate.")
     min_lr: float = Field(0.0, ge=0, description="Final rate of a decaying schedule.")
     lr_warmup_steps: int = Field(0, ge=0, description="Linear warm-up, in rollout steps.")
+    lr_warmup_ratio: float | None = Field(
+        None, ge=0, lt=1, description="Warm-up as a share of all steps, instead of lr_warmup_steps."
+    )
     lr_decay_style: Literal["constant", "linear", "cosine"] = Field(
         "constant", description="Schedule after warm-up."
     )
@@ -254,6 +263,11 @@ class OptimConfig(Section):
     def _rates(self) -> OptimConfig:
         if self.min_lr > self.lr:
             raise ValueError(f"min_lr={self.min_lr} exceeds lr={self.lr}; lower it")
+        if self.lr_warmup_steps and self.lr_warmup_ratio is not None:
+            raise ValueError(
+                f"lr_warmup_steps={self.lr_warmup_steps} and lr_warmup_ratio={self.lr_warmup_ratio} exclude "
+                "each other; set one"
+            )
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas={list(self.betas)}; each must be >= 0 and < 1")
         return self
@@ -400,8 +414,8 @@ class CheckpointConfig(Section):
 class Config(Section):
     run: RunConfig = RunConfig()
     model: ModelSection
-    data: DataConfig
-    rewards: dict[str, RewardConfig] = Field(description="Task name (or `default`) -> reward.")
+    data: DataConfig = DataConfig()
+    rewards: dict[str, RewardConfig] = Field({}, description="Task name (or `default`) -> reward.")
     reward_pool: RewardPoolConfig = RewardPoolConfig()
     algorithm: AlgorithmConfig = AlgorithmConfig()
     rollout: RolloutConfig = RolloutConfig()
@@ -411,3 +425,12 @@ class Config(Section):
     cluster: ClusterConfig = ClusterConfig()
     record: RecordConfig = RecordConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    sft: SftConfig = SftConfig()
+    pipeline: PipelineConfig = PipelineConfig()
+
+    @property
+    def kind(self) -> Literal["rl", "sft", "pipeline"]:
+        """run.job, resolved."""
+        if self.run.job != "auto":
+            return self.run.job
+        return "pipeline" if self.pipeline.nodes else "sft" if self.sft.train else "rl"

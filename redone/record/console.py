@@ -92,6 +92,8 @@ class Display:
         parts = [f"step {step}/{self._total}"]
         shown = (
             ("reward", first(metrics, REWARD), "{:.3f}"),
+            ("loss", metrics.get("sft/loss"), "{:.4f}"),
+            ("val loss", metrics.get("val/loss"), "{:.4f}"),
             ("length", first(metrics, LENGTH), "{:.1f}"),
             ("clipped", metrics.get("actor/pg_clipfrac"), "{:.1%}"),
             ("grad", metrics.get("actor/grad_norm"), "{:.3g}"),

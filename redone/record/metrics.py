@@ -36,7 +36,9 @@ class Recorder:
         name: str = "run",
         config: Mapping[str, Any] | None = None,
         listener: Callable[[int, Mapping[str, float]], str | None] | None = None,
+        display: Display | None = None,
     ) -> None:
+        """`display`: in the place of one of its own, for a run inside a pipeline."""
         self._sinks: list[Sink] = build_sinks(
             cfg.loggers, folder, project=cfg.project, name=name, config=config or {}
         )
@@ -47,7 +49,8 @@ class Recorder:
         self._response_tokens = 0  # of the current step
         self._total_tokens = 0
         self.current = "start"  # the phase that runs, or the last one
-        self._display = Display(total_steps, first_step) if "console" in cfg.loggers else None
+        own = Display(total_steps, first_step) if "console" in cfg.loggers else None
+        self._display = display or own
 
     def __enter__(self) -> Recorder:
         if self._display:
@@ -90,9 +93,10 @@ class Recorder:
         complete = {**metrics, **self._timings.drain()}
         seconds = complete["timing_s/step"]
         complete["perf/time_per_step"] = seconds
-        if self._total_tokens and seconds > 0:
-            complete["perf/total_num_tokens"] = float(self._total_tokens)
-            complete["perf/throughput"] = self._total_tokens / seconds / self._devices
+        tokens = float(self._total_tokens) or metrics.get("perf/total_num_tokens", 0.0)  # SFT counts itself
+        if tokens and seconds > 0:
+            complete["perf/total_num_tokens"] = tokens
+            complete["perf/throughput"] = tokens / seconds / self._devices
         if self._response_tokens and complete.get("timing_s/gen", 0.0) > 0:
             complete["perf/gen_throughput"] = self._response_tokens / complete["timing_s/gen"]
         self._response_tokens = self._total_tokens = 0

@@ -19,6 +19,12 @@ Rows = Sequence[Mapping[str, Any]]  # metrics.jsonl, by step
 
 # title, [(label, candidate metrics)], percent, logarithmic
 CHARTS: tuple[tuple[str, tuple[tuple[str, tuple[str, ...]], ...], bool, bool], ...] = (
+    (
+        "Supervised loss (nats per answer token)",
+        (("training", ("sft/loss",)), ("validation", ("val/loss",))),
+        False,
+        False,
+    ),
     ("Reward", (("all generated", ("reward/mean",)), ("trained on", ("critic/score/mean",))), False, False),
     (
         "Response length (tokens)",

@@ -1,4 +1,4 @@
-"""W&B (offline) and MLflow for real, in processes of their own: both start threads and read the environment."""
+"""W&B (offline) and MLflow for real, each in processes of its own: both start threads."""
 
 from __future__ import annotations
 

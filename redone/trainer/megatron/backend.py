@@ -125,7 +125,9 @@ class MegatronTrainer:
     def update(self, shard: Shard, algorithm: AlgorithmConfig) -> UpdateReport:
         """One optimizer step. Raises TrainerError, before anything changed, when the loss is not finite."""
         optim.zero_grad(self.model, self.optimizer)
-        totals = forward_backward(self.model, shard, algorithm, self.cfg.rollout.temperature)
+        # Supervised targets come from no sampler: their distribution is the model's own, at temperature 1.
+        temperature = 1.0 if algorithm.loss.type == "sft" else self.cfg.rollout.temperature
+        totals = forward_backward(self.model, shard, algorithm, temperature)
         lr = optim.learning_rate(self._rollout_step(), self.cfg.trainer.optim, algorithm.total_steps)
         applied, norm = optim.apply(self.optimizer, lr, self.cfg.trainer.optim.weight_decay)
         self.updates += 1

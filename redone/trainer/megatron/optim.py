@@ -10,23 +10,10 @@ from megatron.core.distributed import DistributedDataParallel, finalize_model_gr
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from redone.algo.schedule import learning_rate
 from redone.config.schema import OptimConfig
 
-
-def learning_rate(step: int, optim: OptimConfig, total_steps: int) -> float:
-    """Rate of rollout step `step` (from 0).
-
-    Linear warm-up reaches the peak at step lr_warmup_steps - 1; then the rate is constant, or decays (linear,
-    cosine) to min_lr at the last of `total_steps`.
-    """
-    if step < optim.lr_warmup_steps:
-        return optim.lr * (step + 1) / optim.lr_warmup_steps
-    if optim.lr_decay_style == "constant":
-        return optim.lr
-    span = max(1, total_steps - 1 - optim.lr_warmup_steps)
-    progress = min(1.0, (step - optim.lr_warmup_steps) / span)
-    share = 1.0 - progress if optim.lr_decay_style == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
-    return optim.min_lr + (optim.lr - optim.min_lr) * share
+__all__ = ["apply", "build_optimizer", "inner_optimizers", "learning_rate", "zero_grad"]
 
 
 def build_optimizer(

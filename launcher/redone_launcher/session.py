@@ -1,0 +1,83 @@
+"""Processes that may outlive one run: a pipeline's nodes share trainers and engines."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING
+
+from redone.api import EngineFleet
+from redone.config.schema import Config
+
+if TYPE_CHECKING:
+    from redone.cluster.cluster import RayCluster
+
+
+class Session:
+    """At most one cluster. Starting costs most of a short stage's time, nearly all of it imports."""
+
+    def __init__(self, log_dir: Path, keep_engines: bool = False) -> None:
+        """keep_engines: start engines also for a run without them, because later ones need them."""
+        self._log_dir, self._keep_engines = log_dir, keep_engines
+        self._cluster: RayCluster | None = None
+        self._phase: Callable[[], str] = lambda: "start"  # of the run that goes on, for messages
+        self._held: str | None = None  # the model that trainer and engines hold unchanged
+
+    def cluster(
+        self,
+        cfg: Config,
+        note: Callable[[str], None],
+        with_engines: bool = True,
+        phase: Callable[[], str] = lambda: "answers",
+    ) -> RayCluster:
+        """Processes that hold cfg.model.path: the present ones where they can take over, else new ones."""
+        self._phase = phase
+        self._held = None  # it will be trained on
+        if self._cluster is not None and self._cluster.serves(cfg, with_engines):
+            self._cluster.adopt(cfg)
+            return self._cluster
+        return self._start(cfg, note, with_engines or self._keep_engines, True)
+
+    def answering(self, cfg: Config, note: Callable[[str], None]) -> EngineFleet:
+        """Engines that hold cfg.model.path; nothing is loaded when they do already."""
+        ready = self._cluster is not None and self._cluster.serves(cfg, True)
+        if not (ready and self._held == cfg.model.path):
+            self.cluster(cfg, note)
+            self._held = cfg.model.path
+        assert self._cluster is not None
+        return self._cluster.engines()
+
+    def engines(self, cfg: Config, note: Callable[[str], None]) -> EngineFleet:
+        """Engines alone, loaded from cfg.model.path."""
+        return self._start(cfg, note, True, False).engines()
+
+    def _start(
+        self, cfg: Config, note: Callable[[str], None], with_engines: bool, with_trainers: bool
+    ) -> RayCluster:
+        from redone.cluster.cluster import RayCluster  # ray takes a second to import: not before the checks
+
+        self.close(graceful=True)
+        self._log_dir.mkdir(parents=True, exist_ok=True)
+        self._cluster = RayCluster(
+            cfg,
+            self._log_dir,
+            note,
+            phase=lambda: self._phase(),
+            with_engines=with_engines,
+            with_trainers=with_trainers,
+        )
+        # After ray.init, which takes SIGTERM for a crash handler; a background job ignores SIGINT.
+        signal.signal(signal.SIGTERM, _interrupt)
+        signal.signal(signal.SIGINT, _interrupt)
+        return self._cluster
+
+    def close(self, graceful: bool) -> None:
+        cluster, self._cluster = self._cluster, None
+        if cluster is not None:
+            cluster.close(graceful=graceful)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt(f"signal {number}")
