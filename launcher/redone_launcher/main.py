@@ -10,11 +10,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from redone import __version__
-from redone.errors import ConfigError, RedoneError
+from redone.errors import ConfigError, RedoneError, Stopped
+from redone_launcher.slurm_cli import add_slurm_commands
 
 log = logging.getLogger(__name__)
 
 EXIT_USER_ERROR = 2
+EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: what SLURM jobs of ours are requeued for
 EXIT_INTERRUPTED = 130
 
 
@@ -32,6 +34,7 @@ def parser(planning: bool = False) -> argparse.ArgumentParser:
     run.add_argument("overrides", nargs="*", metavar="a.b=c", help="override a key of the configuration")
     run.add_argument("--resume", type=Path, metavar="RUN_FOLDER", help="go on with an interrupted run")
     run.set_defaults(run=_run)
+    add_slurm_commands(commands)
 
     data = commands.add_parser("data", help="prepare, fetch and audit data").add_subparsers(
         metavar="ACTION", required=True
@@ -77,10 +80,22 @@ def parser(planning: bool = False) -> argparse.ArgumentParser:
     return top
 
 
+def parse(top: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Namespace:
+    """parse_args, with overrides also after options (`submit CONFIG --nodes 2 a.b=c`), which argparse
+    refuses."""
+    args, rest = top.parse_known_args(words)
+    if rest and (not hasattr(args, "overrides") or any(w.startswith("-") or "=" not in w for w in rest)):
+        top.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        args.overrides = [*args.overrides, *rest]
+    return args
+
+
 def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point. Exit codes: 0 done, 1 a check failed, 2 an error the user can act on, 130 interrupted."""
+    """Entry point. Exit codes: 0 done, 1 a check failed, 2 an error the user can act on, 75 stopped as
+    requested (resume it), 130 interrupted."""
     words = list(sys.argv[1:] if argv is None else argv)
-    args = parser(planning="plan" in words[:2]).parse_args(words)
+    args = parse(parser(planning="plan" in words[:2]), words)
     logging.getLogger().addHandler(logging.NullHandler())  # nothing of ours goes to stderr unasked
     try:
         code: int = args.run(args)
@@ -92,6 +107,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             traceback.print_exc()
         sys.stderr.write(f"redone: error: {error}\n")
         code = EXIT_USER_ERROR
+    except Stopped as stop:
+        sys.stderr.write(f"redone: {stop}\n")
+        code = EXIT_STOPPED
     except KeyboardInterrupt:
         sys.stderr.write("redone: interrupted\n")
         code = EXIT_INTERRUPTED

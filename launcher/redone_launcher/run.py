@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
 import platform
 import signal
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -72,6 +74,39 @@ def run_command(config: Path | None, overrides: Sequence[str], resume: Path | No
     train(cfg, folder, inputs, resumed=resume is not None)
 
 
+def attempt_command(path: Path) -> None:
+    """What a job runs: begin the run of a folder that `redone submit` made, or go on from its last
+    checkpoint. A finished run is left as it is."""
+    folder = RunFolder.open(path)
+    if (path / "summary.json").exists():
+        sys.stdout.write(f"{path} is finished\n")
+        return
+    cfg = load_config(path / "config.yaml")
+    inputs = load_inputs(cfg)
+    resumed = bool(folder.steps())
+    if not resumed:
+        folder.begin_again()
+    train(cfg, folder, inputs, resumed=resumed)
+
+
+class StopRequest:
+    """True once somebody asked the run to stop at the end of its step: SIGUSR1, or the file REDONE_STOP_FILE.
+
+    A job's batch script uses the file: SLURM delivers a signal to every process of a step, workers too.
+    """
+
+    def __init__(self) -> None:
+        self._signalled = False
+        named = os.environ.get("REDONE_STOP_FILE")
+        self._file = Path(named) if named else None
+
+    def on_signal(self, number: int, frame: FrameType | None) -> None:
+        self._signalled = True
+
+    def __call__(self) -> bool:
+        return self._signalled or (self._file is not None and self._file.exists())
+
+
 def load_inputs(cfg: Config) -> Inputs:
     """Raises RedoneError on anything that would stop the run later."""
     check_loggers(cfg.record.loggers)
@@ -101,7 +136,9 @@ def train(cfg: Config, folder: RunFolder, inputs: Inputs, resumed: bool) -> None
     from redone.cluster.cluster import RayCluster  # ray takes a second to import: not before the checks
 
     started = time.monotonic()
-    log_to(folder.path / "logs" / "driver.log", cfg.run.log_level)
+    logs = Path(os.environ.get("REDONE_LOG_DIR") or folder.path / "logs")
+    log_to(logs / "driver.log", cfg.run.log_level)
+    stop = StopRequest()
     stream = PromptStream(inputs.train, cfg.run.seed, cfg.data.shuffle, cfg.data.balance_key)
     state = folder.load_state(folder.steps()[-1]) if resumed else None
     if state is not None:
@@ -121,10 +158,11 @@ def train(cfg: Config, folder: RunFolder, inputs: Inputs, resumed: bool) -> None
         recorder.__enter__()
         for note in inputs.notes:
             recorder.note(note)
-        cluster = RayCluster(cfg, folder.path / "logs", recorder.note)
+        cluster = RayCluster(cfg, logs, recorder.note)
         # After ray.init, which takes SIGTERM for a crash handler; a background job ignores SIGINT.
         signal.signal(signal.SIGTERM, _interrupt)
         signal.signal(signal.SIGINT, _interrupt)
+        signal.signal(signal.SIGUSR1, stop.on_signal)
         run = RlRun(
             cfg=cfg,
             folder=folder,
@@ -137,6 +175,7 @@ def train(cfg: Config, folder: RunFolder, inputs: Inputs, resumed: bool) -> None
             stop_token_ids=inputs.chat.stop_token_ids,
             ledger=ledger,
             observer=recorder,
+            stop_requested=stop,
         )
         before = run.begin() if state is None else run.go_on(state)
         baselines: dict[str, Evaluation] = {}
@@ -184,8 +223,6 @@ def versions() -> dict[str, str]:
 
 
 def machine(cfg: Config) -> dict[str, object]:
-    import os
-
     return {
         "device": cfg.cluster.device,
         "nodes": cfg.cluster.nodes,

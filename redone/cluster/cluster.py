@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +20,7 @@ from redone.cluster.trainers import RayTrainerGroup
 from redone.config.schema import Config
 from redone.engine import engine_env
 from redone.errors import EngineError, RedoneError, TrainerError
-from redone.weights.channel import channel_path, sweep_stale
+from redone.weights.channel import location_of, sweep_stale
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +35,7 @@ class RayCluster:
         self._peers: list[Peer] = []
         self._pids: list[int] = []
         sweep_stale(cfg.weights)
-        self.location = channel_path(cfg.weights, f"{os.getpid()}-{cfg.run.name}")
+        self.location = location_of(cfg.weights, Path(cfg.run.dir) / cfg.run.name, cfg.run.name)
         status("starting Ray")
         self.host = RayHost(cfg)
         try:
@@ -103,12 +102,12 @@ class RayCluster:
                     part.close()
                 except (RedoneError, RayError) as error:
                     log.warning("while closing: %s", error)
+        Path(self.location).unlink(missing_ok=True)  # first: under SLURM, Ray may be gone and its calls wait
         for peer in self._peers:
             if ray.is_initialized():
                 ray.kill(peer.handle)
         self.host.close()
-        if os.path.exists(self.location):
-            os.unlink(self.location)
+        Path(self.location).unlink(missing_ok=True)  # a rank that was still writing
         self._reap()
 
     def _reap(self, patience_s: float = 8.0) -> None:

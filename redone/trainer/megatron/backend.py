@@ -152,6 +152,8 @@ class MegatronTrainer:
                 digests[name] = digest(view)
         if self.rank != 0:
             return None
+        if self.cfg.weights.channel == "file":
+            self._writer(location, plan).flush()
         return tuple(
             WeightBucket(
                 version=version,
