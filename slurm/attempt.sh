@@ -22,10 +22,17 @@ record() { # OUTCOME REASON: one line for `redone status`
   say "$1: $2"
 }
 
-STEPS=() # pids of our own sruns, and of nothing else
+# alive PID: a child of this script that still runs; a bare number could by now be somebody else's process
+alive() {
+  local pid
+  for pid in $(jobs -pr); do [ "$pid" != "$1" ] || return 0; done
+  return 1
+}
 end_steps() {
-  [ ${#STEPS[@]} -eq 0 ] || kill "${STEPS[@]}" 2>/dev/null
-  wait "${STEPS[@]}" 2>/dev/null
+  local pids
+  pids=$(jobs -pr)
+  [ -z "$pids" ] || kill $pids 2>/dev/null
+  wait
   rm -f "$LOGS/ray-token" "$WEIGHTS"
 }
 
@@ -78,9 +85,9 @@ tick() { # half a second in which traps run
 await_exit() {
   local pid=$1 lost= step
   shift
-  while kill -0 "$pid" 2>/dev/null; do
+  while alive "$pid"; do
     for step in "$@"; do
-      kill -0 "$step" 2>/dev/null || lost=${lost:-$((SECONDS + 60))}
+      alive "$step" || lost=${lost:-$((SECONDS + 60))}
     done
     [ -z "$lost" ] || [ "$SECONDS" -lt "$lost" ] || kill -KILL "$pid"
     if [ -n "$STOP_AT" ] && [ "$SECONDS" -ge "$STOP_AT" ]; then
@@ -96,7 +103,7 @@ await_exit() {
 # await_file FILE PID: until FILE is there; fails when the step PID ended without it
 await_file() {
   until [ -s "$1" ]; do
-    kill -0 "$2" 2>/dev/null || { sleep 1; [ -s "$1" ]; return; }
+    alive "$2" || { sleep 1; [ -s "$1" ]; return; }
     tick
   done
 }
@@ -118,7 +125,6 @@ silent_nodes() {
 
 # ---- preflight: facts and speeds of every node, before anything else starts
 step "$ALL" "$LOGS/preflight.log" preflight "$LOGS/preflight" --nodes "$ALL" --run "$RUN" --ports "$PORTS" &
-STEPS+=($!)
 await_exit $!
 BAD=$(cat "$LOGS/preflight/bad-nodes" 2>/dev/null)
 if [ -n "$BAD" ]; then
@@ -135,18 +141,15 @@ export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$LOGS/ray-token REDONE_LOG_DIR=$L
 NODE_ARGS=(--nodes "$ALL" --ports "$PORTS" --scratch "$SCRATCH" --cpus "$RAY_CPUS" --object-store-mb "$OBJECT_STORE_MB"
   --address-file "$LOGS/ray-address")
 step "$HEAD" "$LOGS/ray-%N.log" node --head "${NODE_ARGS[@]}" &
-STEPS+=($!)
 RAY_STEPS=($!)
 await_file "$LOGS/ray-address" $! || requeue "Ray's head did not start on $HEAD: $LOGS/ray-$HEAD.log" "$HEAD"
 if [ -n "$REST" ]; then
   step "$REST" "$LOGS/ray-%N.log" node "${NODE_ARGS[@]}" &
-  STEPS+=($!)
   RAY_STEPS+=($!)
 fi
 
 # ---- the run
 RAY_ADDRESS=$(cat "$LOGS/ray-address") step "$HEAD" "$LOGS/driver.out" attempt "$RUN" &
-STEPS+=($!)
 await_exit $! "${RAY_STEPS[@]}"
 case "$CODE" in
   0) finish 0 done "the run is finished" ;;
