@@ -1,4 +1,4 @@
-"""What a user gets wrong at submission, and a SLURM that does not answer: one sentence, no hang, no folder."""
+"""What users get wrong at submission, and a SLURM that does not answer: a sentence, no hang, no folder."""
 
 from __future__ import annotations
 
