@@ -91,6 +91,9 @@ class Jobs:
         begun = self.run(name) / "logs" / f"attempt-{attempt}"
         self.wait(name, lambda: begun.exists() and any(m["step"] >= step for m in self.metrics(name)))
 
+    def cancel(self, job: str) -> None:
+        subprocess.run(["scancel", job], check=True, timeout=20)
+
     def logs(self, name: str) -> str:
         """The ends of all logs of all attempts."""
         files = [*self.run(name).glob("slurm/*.out"), *self.run(name).glob("logs/attempt-*/*.*")]
