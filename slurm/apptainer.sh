@@ -1,6 +1,6 @@
 [ -z "${REDONE_MODULES:-}" ] || module load $REDONE_MODULES
 
-SRUN=(srun --overlap --ntasks-per-node=1 --cpus-per-task="$CPUS" --cpu-bind=none --mem=0)
+SRUN=(srun --overlap --cpus-per-task="$CPUS" --cpu-bind=none --mem=0)
 CONTAINER=(apptainer exec --bind "$MOUNTS" --pwd "$WORKDIR")
 [ -z "${REDONE_GPU:-}" ] || CONTAINER+=(--nv)
 
@@ -9,6 +9,7 @@ CONTAINER=(apptainer exec --bind "$MOUNTS" --pwd "$WORKDIR")
 step() {
   local nodes=$1 log=$2 commas=${1//[^,]/}
   shift 2
-  exec "${SRUN[@]}" --nodes=$((${#commas} + 1)) --nodelist="$nodes" --output="$log" --open-mode=append \
+  exec "${SRUN[@]}" --nodes=$((${#commas} + 1)) --ntasks=$((${#commas} + 1)) --nodelist="$nodes" \
+    --output="$log" --open-mode=append \
     "${CONTAINER[@]}" "$REDONE_IMAGE" "$PYTHON" -m redone_launcher.main "$@" </dev/null
 }

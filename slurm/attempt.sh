@@ -140,11 +140,11 @@ export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$LOGS/ray-token REDONE_LOG_DIR=$L
 (umask 077; od -An -N32 -tx1 /dev/urandom | tr -d ' \n' >"$RAY_AUTH_TOKEN_PATH")
 NODE_ARGS=(--nodes "$ALL" --ports "$PORTS" --scratch "$SCRATCH" --cpus "$RAY_CPUS" --object-store-mb "$OBJECT_STORE_MB"
   --address-file "$LOGS/ray-address")
-step "$HEAD" "$LOGS/ray-%N.log" node --head "${NODE_ARGS[@]}" &
+step "$HEAD" "$LOGS/ray-steps.log" node --head "${NODE_ARGS[@]}" &
 RAY_STEPS=($!)
 await_file "$LOGS/ray-address" $! || requeue "Ray's head did not start on $HEAD: $LOGS/ray-$HEAD.log" "$HEAD"
 if [ -n "$REST" ]; then
-  step "$REST" "$LOGS/ray-%N.log" node "${NODE_ARGS[@]}" &
+  step "$REST" "$LOGS/ray-steps.log" node "${NODE_ARGS[@]}" &
   RAY_STEPS+=($!)
 fi
 

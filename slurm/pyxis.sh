@@ -1,4 +1,4 @@
-SRUN=(srun --overlap --ntasks-per-node=1 --cpus-per-task="$CPUS" --cpu-bind=none --mem=0
+SRUN=(srun --overlap --cpus-per-task="$CPUS" --cpu-bind=none --mem=0
   --container-image="$REDONE_IMAGE" --container-mounts="$MOUNTS" --container-workdir="$WORKDIR")
 
 # step NODES LOG ARGS...: `redone ARGS` once on each of NODES (comma separated) in the image, output to LOG.
@@ -6,6 +6,7 @@ SRUN=(srun --overlap --ntasks-per-node=1 --cpus-per-task="$CPUS" --cpu-bind=none
 step() {
   local nodes=$1 log=$2 commas=${1//[^,]/}
   shift 2
-  exec "${SRUN[@]}" --nodes=$((${#commas} + 1)) --nodelist="$nodes" --output="$log" --open-mode=append \
+  exec "${SRUN[@]}" --nodes=$((${#commas} + 1)) --ntasks=$((${#commas} + 1)) --nodelist="$nodes" \
+    --output="$log" --open-mode=append \
     "$PYTHON" -m redone_launcher.main "$@" </dev/null
 }

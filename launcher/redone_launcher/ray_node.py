@@ -18,7 +18,7 @@ from types import FrameType
 
 import psutil
 
-from redone.cluster.actors import NODE_GPUS
+from redone.cluster.actors import NODE_GPUS, redirect_output
 from redone.errors import RedoneError
 
 SERVICES = (
@@ -135,6 +135,7 @@ def start_command(
 def run_node(options: NodeOptions) -> int:
     """Start the Ray node, wait for its end, remove its folder. Returns Ray's exit code."""
     index = options.nodes.index(node_name())
+    redirect_output(str(options.address_file.parent / f"ray-{node_name()}.log"), "info")
     temp_dir = f"{options.scratch}/rd{os.environ.get('SLURM_JOB_ID', os.getpid())}"
     address = None if options.head else options.address_file.read_text().strip()
     env = {**os.environ, **{k: os.environ.get(k, v) for k, v in NODE_ENV.items()}}

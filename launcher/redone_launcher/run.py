@@ -138,7 +138,6 @@ def train(cfg: Config, folder: RunFolder, inputs: Inputs, resumed: bool) -> None
     started = time.monotonic()
     logs = Path(os.environ.get("REDONE_LOG_DIR") or folder.path / "logs")
     log_to(logs / "driver.log", cfg.run.log_level)
-    stop = StopRequest()
     stream = PromptStream(inputs.train, cfg.run.seed, cfg.data.shuffle, cfg.data.balance_key)
     state = folder.load_state(folder.steps()[-1]) if resumed else None
     if state is not None:
@@ -162,7 +161,7 @@ def train(cfg: Config, folder: RunFolder, inputs: Inputs, resumed: bool) -> None
         # After ray.init, which takes SIGTERM for a crash handler; a background job ignores SIGINT.
         signal.signal(signal.SIGTERM, _interrupt)
         signal.signal(signal.SIGINT, _interrupt)
-        signal.signal(signal.SIGUSR1, stop.on_signal)
+        signal.signal(signal.SIGUSR1, (stop := StopRequest()).on_signal)
         run = RlRun(
             cfg=cfg,
             folder=folder,

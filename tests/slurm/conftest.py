@@ -148,7 +148,7 @@ def big_model(tiny_assets: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     config = json.loads((folder / "config.json").read_text())
     config |= dict(
         hidden_size=2048, num_hidden_layers=48, num_attention_heads=32, num_key_value_heads=4, head_dim=128,
-        intermediate_size=6144, moe_intermediate_size=768, num_experts=128, num_experts_per_tok=8,
+        intermediate_size=6144, moe_intermediate_size=768, num_local_experts=128, num_experts_per_tok=8,
         vocab_size=151936, max_position_embeddings=40960,
     )  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config))

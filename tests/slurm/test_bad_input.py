@@ -37,7 +37,7 @@ def test_more_gpus_than_a_node_has(jobs: Jobs) -> None:
 
 def test_more_nodes_than_the_partition_has(jobs: Jobs) -> None:
     with pytest.raises(SlurmError, match="partition debug has 4 nodes"):
-        jobs.submit("nodes", 5)
+        jobs.submit("nodes", 5, "trainer.parallel.expert=1")
 
 
 def test_more_cpus_than_a_node_has(jobs: Jobs) -> None:
