@@ -31,6 +31,7 @@ SERVICES = (
 )
 PORTS_PER_JOB = 256
 PORTS_PER_NODE = 16  # of the job's window; only "nodes" that share a host need different ones
+MARK = "REDONE_RAY_NODE"
 STARTED = "Ray runtime started"
 START_ATTEMPTS = 3  # Ray gives its processes 30 s to come up; on a cold file system imports take longer
 NODE_ENV = {
@@ -139,17 +140,15 @@ def run_node(options: NodeOptions) -> int:
     temp_dir = f"{options.scratch}/rd{os.environ.get('SLURM_JOB_ID', os.getpid())}"
     address = None if options.head else options.address_file.read_text().strip()
     env = {**os.environ, **{k: os.environ.get(k, v) for k, v in NODE_ENV.items()}}
+    mark = env[MARK] = f"{os.environ.get('SLURM_JOB_ID', '')}-{node_name()}-{os.getpid()}"
     env[NODE_GPUS] = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     if interface := os.environ.get("REDONE_INTERFACE"):
         for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
             env.setdefault(variable, interface)
-    running: list[subprocess.Popen[str]] = []
 
     def end(number: int, frame: FrameType | None) -> None:
-        for process in running:
-            process.terminate()
-        if not running:
-            sys.exit(128 + number)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # SLURM and srun both send one
+        sys.exit(128 + number)
 
     signal.signal(signal.SIGTERM, end)
     signal.signal(signal.SIGINT, end)
@@ -160,18 +159,39 @@ def run_node(options: NodeOptions) -> int:
             process = subprocess.Popen(
                 command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, bufsize=1
             )
-            running[:] = [process]
             if _follow(process, options, ports[0]):
                 break
+            end_marked(mark)
         return process.wait()
     finally:
         if options.head:
             options.address_file.unlink(missing_ok=True)
+        end_marked(mark)
         shutil.rmtree(temp_dir, ignore_errors=True)
 
 
+def end_marked(mark: str) -> None:
+    """End every process that carries `mark` in its environment: this Ray node's and its actors', no other's.
+
+    At once: the run is over, and SLURM itself leaves little time. A raylet's workers outlive it for a while,
+    and find themselves under another parent.
+    """
+    for _ in range(5):
+        found = []
+        for process in psutil.process_iter():
+            try:
+                if process.environ().get(MARK) == mark and process.status() != psutil.STATUS_ZOMBIE:
+                    process.kill()
+                    found.append(process)
+            except (psutil.NoSuchProcess, psutil.AccessDenied):
+                continue
+        if not found:
+            return
+        psutil.wait_procs(found, timeout=2)
+
+
 def _follow(process: subprocess.Popen[str], options: NodeOptions, port: int) -> bool:
-    """Copy what Ray says until it ends. False: it ended before its node was up, and not by a signal."""
+    """Copy what Ray says until it ends. False: it ended before its node was up."""
     started = False
     assert process.stdout is not None
     for line in process.stdout:
@@ -181,7 +201,7 @@ def _follow(process: subprocess.Popen[str], options: NodeOptions, port: int) -> 
             started = True
             if options.head:
                 _announce(options.address_file, f"{own_address()}:{port}")
-    return started or process.wait() in (-signal.SIGTERM, 128 + signal.SIGTERM, 0)
+    return started
 
 
 def _announce(file: Path, address: str) -> None:
