@@ -64,15 +64,23 @@ quickstart-pipeline: install system-packages
 	$(VENV)/bin/redone data prepare --dest assets
 	$(VENV)/bin/redone run configs/quickstart/pipeline.yaml
 
-# Code rewards run in bubblewrap; the tests of it fail without.
+# Code rewards run in bubblewrap, tests/slurm on a private SLURM; their tests fail without. Debian starts daemons that
+# it installs; the policy file, removed again, keeps it from that.
+POLICY = /usr/sbin/policy-rc.d
 system-packages:
-	@if ! command -v bwrap >/dev/null; then \
+	@missing=""; \
+	command -v bwrap >/dev/null || missing="bubblewrap"; \
+	command -v sbatch >/dev/null && command -v slurmctld >/dev/null && command -v munged >/dev/null \
+		|| missing="$$missing slurm-wlm munge"; \
+	if [ -n "$$missing" ]; then \
 		if [ "$$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then \
-			echo "bubblewrap (bwrap) is missing and only root can install it, with apt: apt-get install bubblewrap" >&2; \
-			exit 1; \
+			echo "missing, and only root can install it, with apt: apt-get install $$missing" >&2; exit 1; \
 		fi; \
-		{ apt-get install -y -qq --no-install-recommends bubblewrap || { apt-get update -qq && \
-			apt-get install -y -qq --no-install-recommends bubblewrap; }; } >/dev/null; \
+		if [ ! -e $(POLICY) ]; then \
+			printf '#!/bin/sh\nexit 101\n' >$(POLICY); chmod 755 $(POLICY); trap 'rm -f $(POLICY)' EXIT; \
+		fi; \
+		{ apt-get install -y -qq --no-install-recommends $$missing || { apt-get update -qq && \
+			apt-get install -y -qq --no-install-recommends $$missing; }; } >/dev/null; \
 	fi
 
 test: system-packages lint

@@ -33,6 +33,10 @@ class SyncError(RedoneError):
     """A weight update failed: digest, plan or canary. The engines it touched must not generate again."""
 
 
+class Stopped(Exception):
+    """Not an error: the run was asked to stop, saved its state and can be resumed (exit code 75)."""
+
+
 class RunFolderError(RedoneError):
     """A run folder that exists, has another schema version, or cannot be written."""
 

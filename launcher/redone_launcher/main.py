@@ -10,13 +10,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from redone import __version__
-from redone.errors import ConfigError, RedoneError
+from redone.errors import ConfigError, RedoneError, Stopped
 from redone_launcher.bench import add_bench_arguments
 from redone_launcher.scale import add_scale_arguments
+from redone_launcher.slurm_cli import add_slurm_commands
 
 log = logging.getLogger(__name__)
 
 EXIT_USER_ERROR = 2
+EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: what SLURM jobs of ours are requeued for
 EXIT_INTERRUPTED = 130
 
 
@@ -36,6 +38,7 @@ def parser(words: Sequence[str] = ()) -> argparse.ArgumentParser:
 
         add_eval_arguments(evaluate)
     evaluate.set_defaults(run=_eval)
+    add_slurm_commands(commands)
 
     data = commands.add_parser("data", help="prepare, fetch and audit data").add_subparsers(
         metavar="ACTION", required=True
@@ -97,10 +100,13 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     """The arguments. argparse takes free words (a.b=c) in one place only; here they may stand anywhere."""
     top = parser(words)
     args, rest = top.parse_known_args(words)
-    if rest and (not hasattr(args, "words") or any(word.startswith("-") for word in rest)):
+    free = "words" if hasattr(args, "words") else "overrides"
+    if rest and (not hasattr(args, free) or any(w.startswith("-") for w in rest)):
+        top.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest and free == "overrides" and any("=" not in w for w in rest):
         top.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
-        args.words += rest
+        setattr(args, free, [*getattr(args, free), *rest])
     return args
 
 
@@ -136,7 +142,8 @@ def _add_runs(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point. Exit codes: 0 done, 1 a check failed, 2 an error the user can act on, 130 interrupted."""
+    """Entry point. Exit codes: 0 done, 1 a check failed, 2 an error the user can act on, 75 stopped as
+    requested (resume it), 130 interrupted."""
     words = list(sys.argv[1:] if argv is None else argv)
     args = parse(words)
     logging.getLogger().addHandler(logging.NullHandler())  # nothing of ours goes to stderr unasked
@@ -150,6 +157,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             traceback.print_exc()
         sys.stderr.write(f"redone: error: {error}\n")
         code = EXIT_USER_ERROR
+    except Stopped as stop:
+        sys.stderr.write(f"redone: {stop}\n")
+        code = EXIT_STOPPED
     except KeyboardInterrupt:
         sys.stderr.write("redone: interrupted\n")
         code = EXIT_INTERRUPTED

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,8 +11,8 @@ from redone.config.schema import Config
 from redone.errors import ConfigError, RunFolderError
 from redone.pipeline.folder import RunFolder
 from redone.record.table import print_result
-from redone_launcher.session import Session
-from redone_launcher.training import load_inputs, load_sft_inputs, train_rl, train_sft
+from redone_launcher.session import Session, log_folder
+from redone_launcher.training import Inputs, SftInputs, load_inputs, load_sft_inputs, train_rl, train_sft
 
 
 def run_command(
@@ -37,17 +38,37 @@ def run_command(
         raise ConfigError(f"{choice[0][0]} chooses nodes of a pipeline, and {source} has no pipeline.nodes")
     if folder is not None:
         _check_resumable(cfg, folder)
-    if cfg.kind == "sft":
-        sft = load_sft_inputs(cfg)
-    else:
-        inputs = load_inputs(cfg)
+    inputs = load_sft_inputs(cfg) if cfg.kind == "sft" else load_inputs(cfg)
     resumed = folder is not None
-    folder = folder or RunFolder.create(cfg)
-    session = Session(folder.path / "logs")
+    _train(cfg, folder or RunFolder.create(cfg), inputs, resumed)
+
+
+def attempt_command(path: Path) -> None:
+    """What a job runs: begin the run of a folder that `redone submit` made, or go on from its last
+    checkpoint. A finished run is left as it is."""
+    folder = RunFolder.open(path)
+    if (path / "summary.json").exists():
+        sys.stdout.write(f"{path} is finished\n")
+        return
+    cfg = load_config(path / "config.yaml")
+    if cfg.kind == "pipeline":
+        from redone_launcher.pipeline import run_pipeline
+
+        run_pipeline(cfg, {}, path)
+        return
+    resumed = bool(folder.steps())
+    _train(cfg, folder, load_sft_inputs(cfg) if cfg.kind == "sft" else load_inputs(cfg), resumed)
+
+
+def _train(cfg: Config, folder: RunFolder, inputs: Inputs | SftInputs, resumed: bool) -> None:
+    """The run itself, in a folder that exists."""
+    if not resumed:
+        folder.begin_again()
+    session = Session(log_folder(folder.path))
     finished = False
     try:
-        if cfg.kind == "sft":
-            summary = train_sft(cfg, folder, sft, resumed, session)
+        if isinstance(inputs, SftInputs):
+            summary = train_sft(cfg, folder, inputs, resumed, session)
         else:
             summary = train_rl(cfg, folder, inputs, resumed, session)
         finished = True

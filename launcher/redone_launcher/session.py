@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,29 @@ if TYPE_CHECKING:
     from redone.cluster.cluster import RayCluster
 
 
+class StopRequest:
+    """True once somebody asked the run to stop at the end of its step: SIGUSR1, or the file REDONE_STOP_FILE.
+
+    A job's batch script uses the file: SLURM delivers a signal to every process of a step, workers too.
+    """
+
+    def __init__(self) -> None:
+        self._signalled = False
+        named = os.environ.get("REDONE_STOP_FILE")
+        self._file = Path(named) if named else None
+
+    def on_signal(self, number: int, frame: FrameType | None) -> None:
+        self._signalled = True
+
+    def __call__(self) -> bool:
+        return self._signalled or (self._file is not None and self._file.exists())
+
+
+def log_folder(run: Path) -> Path:
+    """Where a run's processes log: in its folder, or where the job says (REDONE_LOG_DIR: one per attempt)."""
+    return Path(os.environ.get("REDONE_LOG_DIR") or run / "logs")
+
+
 class Session:
     """At most one cluster. Starting costs most of a short stage's time, nearly all of it imports."""
 
@@ -23,6 +47,7 @@ class Session:
         self._log_dir, self._keep_engines = log_dir, keep_engines
         self._cluster: RayCluster | None = None
         self._phase: Callable[[], str] = lambda: "start"  # of the run that goes on, for messages
+        self.stop = StopRequest()
         self._held: str | None = None  # the model that trainer and engines hold unchanged
 
     def cluster(
@@ -71,6 +96,7 @@ class Session:
         # After ray.init, which takes SIGTERM for a crash handler; a background job ignores SIGINT.
         signal.signal(signal.SIGTERM, _interrupt)
         signal.signal(signal.SIGINT, _interrupt)
+        signal.signal(signal.SIGUSR1, self.stop.on_signal)
         return self._cluster
 
     def close(self, graceful: bool) -> None:

@@ -32,7 +32,7 @@ from redone.record.sinks import check_loggers
 from redone.record.summary import RunSummary
 from redone.reward.pool import RewardPool, build_rewards
 from redone.types import Prompt
-from redone_launcher.session import Session
+from redone_launcher.session import Session, log_folder
 
 log = logging.getLogger(__name__)
 
@@ -133,6 +133,7 @@ def train_rl(
                 stop_token_ids=inputs.chat.stop_token_ids,
                 ledger=ledger,
                 observer=recorder,
+                stop_requested=session.stop,
             )
             before = run.begin() if state is None else run.go_on(state)
             baselines: dict[str, Evaluation] = {}
@@ -213,7 +214,7 @@ def _books(
     listener: Listener | None = None,
 ) -> Iterator[tuple[Recorder, Ledger]]:
     """The run's log file, recorder and ledger, closed whatever happens."""
-    handler = log_to(folder.path / "logs" / "driver.log", cfg.run.log_level)
+    handler = log_to(log_folder(folder.path) / "driver.log", cfg.run.log_level)
     ledger = Ledger(folder.path / "ledger.jsonl")
     first_step = state.step + 1 if state else 1
     recorder = Recorder(

@@ -15,6 +15,8 @@ from redone.cluster.health import Pulse
 from redone.cluster.profile import RankProfiler
 from redone.config.schema import Config
 
+NODE_GPUS = "REDONE_NODE_GPUS"  # the GPUs that SLURM gave this node's Ray, e.g. "4,5,6,7"
+
 
 def redirect_output(path: str, level: str) -> None:
     """Everything this process and its children print goes to one file: Python, C++, vLLM's subprocesses."""
@@ -33,11 +35,23 @@ def redirect_output(path: str, level: str) -> None:
     )
 
 
+def use_granted_gpus() -> None:
+    """CUDA_VISIBLE_DEVICES counts from 0; on a node that other jobs share, GPU 0 is the first one granted.
+
+    Before torch is imported. Seats are planned on the driver, which does not see other nodes' devices.
+    """
+    granted, wanted = os.environ.get(NODE_GPUS, ""), os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    if granted and wanted:
+        names = granted.split(",")
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(names[int(i)] for i in wanted.split(","))
+
+
 class TrainerActor:
     """One trainer rank. Synchronous: collectives must run in one thread, in program order."""
 
     def __init__(self, cfg: Config, rank: int, log_path: str) -> None:
         redirect_output(log_path, cfg.run.log_level)
+        use_granted_gpus()
         self.cfg, self.rank = cfg, rank
         self.pulse = Pulse(log_path, cfg.cluster.health_timeout_s, children=False)
         self.profiler = RankProfiler(cfg)
@@ -52,7 +66,9 @@ class TrainerActor:
             port = probe.getsockname()[1]
         if self.cfg.cluster.nodes == 1:
             return "127.0.0.1", port
-        return socket.gethostbyname(socket.gethostname()), port
+        import ray.util
+
+        return ray.util.get_node_ip_address(), port  # the host's own name often means 127.0.1.1
 
     def start(self, init_method: str) -> dict[str, Any]:
         from redone.trainer import build_trainer
@@ -102,6 +118,7 @@ class EngineActor:
 
     def __init__(self, cfg: Config, index: int, log_path: str) -> None:
         redirect_output(log_path, cfg.run.log_level)
+        use_granted_gpus()
         self.cfg, self.index = cfg, index
         self.pulse = Pulse(log_path, cfg.cluster.health_timeout_s, children=True)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from redone.cluster.trainers import RayTrainerGroup
 from redone.config.schema import Config
 from redone.engine import engine_env
 from redone.errors import EngineError, RedoneError, TrainerError
-from redone.weights.channel import channel_path, sweep_stale
+from redone.weights.channel import location_of, sweep_stale
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +53,7 @@ class RayCluster:
         self._closed = False
         self._pids: dict[str, list[int]] = {}  # by name of the actor: itself and its descendants
         sweep_stale(cfg.weights)
-        self.location = channel_path(cfg.weights, f"{os.getpid()}-{cfg.run.name}")
+        self.location = location_of(cfg.weights, Path(cfg.run.dir) / cfg.run.name, cfg.run.name)
         status("starting Ray")
         self.host = RayHost(cfg)
         try:
@@ -175,6 +174,7 @@ class RayCluster:
                         part.close()
                 except (RedoneError, RayError) as error:
                     log.warning("while closing: %s", error)
+        Path(self.location).unlink(missing_ok=True)  # first: under SLURM, Ray may be gone and its calls wait
         self._closed = True
         if self._watch is not None:
             self._watch.close()
@@ -184,8 +184,7 @@ class RayCluster:
         if self._fleet is not None:
             self._fleet.abandon()
         self.host.close()
-        if os.path.exists(self.location):
-            os.unlink(self.location)
+        Path(self.location).unlink(missing_ok=True)  # a rank that was still writing
         self._reap([pid for pids in self._pids.values() for pid in pids])
         self._pids = {}
 

@@ -6,6 +6,7 @@ import logging
 import os
 import shutil
 import tempfile
+import time
 from dataclasses import dataclass
 
 import ray
@@ -51,6 +52,7 @@ class RayHost:
         address = os.environ.get("RAY_ADDRESS")
         if address:
             ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
+            self._await_nodes(cfg)
         else:
             # Ray's unix sockets live below this folder and their paths must stay short.
             self._owned_dir = cfg.cluster.ray.temp_dir or tempfile.mkdtemp(prefix="rd", dir="/tmp")
@@ -64,6 +66,17 @@ class RayHost:
                 _node_ip_address="127.0.0.1",
             )
         self.group = self._reserve(cfg)
+
+    def _await_nodes(self, cfg: Config) -> None:
+        """The launcher's Ray nodes register one after another."""
+        deadline = time.monotonic() + cfg.cluster.ray.start_timeout_s
+        while (alive := sum(bool(node["Alive"]) for node in ray.nodes())) < cfg.cluster.nodes:
+            if time.monotonic() > deadline:
+                raise RedoneError(
+                    f"{alive} of cluster.nodes={cfg.cluster.nodes} Ray nodes joined within "
+                    f"{cfg.cluster.ray.start_timeout_s:.0f} s; the others' logs are beside the driver's"
+                )
+            time.sleep(0.2)
 
     def _reserve(self, cfg: Config) -> PlacementGroup:
         cluster, cuda = cfg.cluster, cfg.cluster.device == "cuda"

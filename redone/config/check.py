@@ -220,8 +220,8 @@ def _engines(cfg: Config) -> Iterator[str]:
         )
     if c.nodes > 1 and cfg.weights.channel == "shm":
         yield (
-            f"cluster.nodes={c.nodes}: weights.channel=shm reaches one node only, and no other "
-            "channel exists yet; use cluster.nodes=1"
+            f"cluster.nodes={c.nodes}: weights.channel=shm reaches one node only; use weights.channel=file "
+            "with weights.dir=FOLDER on a file system that all nodes share, or cluster.nodes=1"
         )
     if c.device != "cuda":
         if cfg.trainer.head.backend == "fused":

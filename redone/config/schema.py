@@ -311,16 +311,28 @@ class CanaryConfig(Section):
 
 
 class WeightsConfig(Section):
-    channel: Literal["shm"] = Field("shm", description="How weights reach the engines.")
+    channel: Literal["shm", "file"] = Field(
+        "shm",
+        description="How weights reach the engines. shm: shared memory, one node. file: a file in"
+        " `weights.dir`, which every node must see.",
+    )
     bucket_bytes: int = Field(64 * 2**20, ge=1024, description="Bytes per bucket.")
     delta: bool = Field(
         False,
         description="Send only layers that changed, told by digest: for frozen or partly trained models.",
     )
     dir: str | None = Field(
-        None, description="Folder of the channel; default /dev/shm, REDONE_SHM_DIR overrides."
+        None,
+        description="Folder of the channel; with shm default /dev/shm, REDONE_SHM_DIR overrides; with file"
+        " required.",
     )
     canary: CanaryConfig = CanaryConfig()
+
+    @model_validator(mode="after")
+    def _has_folder(self) -> WeightsConfig:
+        if self.channel == "file" and not self.dir:
+            raise ValueError("channel=file needs dir: a folder that every node sees and can write")
+        return self
 
 
 class EvalSampling(Section):

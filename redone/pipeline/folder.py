@@ -18,6 +18,7 @@ from redone.errors import RunFolderError
 
 log = logging.getLogger(__name__)
 
+JOB_FILE = "slurm/job.json"  # written once a job was submitted for the folder
 STREAMS = ("metrics.jsonl", "samples.jsonl", "ledger.jsonl")
 
 
@@ -126,10 +127,19 @@ class RunFolder:
             if path.exists() and path.stat().st_size > size:
                 os.truncate(path, size)
 
+    def begin_again(self) -> None:
+        """Undo an attempt that ended before its first checkpoint: the run starts from step 0."""
+        for name in STREAMS:
+            (self.path / name).unlink(missing_ok=True)
+        shutil.rmtree(self.path / "tensorboard", ignore_errors=True)
+
 
 def never_began(path: Path) -> bool:
-    """A run folder of ours without metrics: its run failed while starting."""
+    """A run folder of ours without metrics: its run failed while starting. One that a job was submitted for
+    may still wait in the queue."""
     metrics = path / "metrics.jsonl"
+    if (path / JOB_FILE).exists():
+        return False
     return (path / "config.yaml").is_file() and not (metrics.exists() and metrics.stat().st_size)
 
 

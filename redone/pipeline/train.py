@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Protocol
@@ -12,7 +12,7 @@ from redone.api import EngineFleet, TrainerGroup
 from redone.config.schema import Config
 from redone.data.ledger import Ledger
 from redone.data.stream import PromptStream
-from redone.errors import RedoneError
+from redone.errors import RedoneError, Stopped
 from redone.evaluate.runner import Evaluation, evaluate, read_evaluation, sampling_of
 from redone.pipeline.folder import DriverState, RunFolder
 from redone.pipeline.replay import save_step
@@ -52,6 +52,7 @@ class RlRun:
     stop_token_ids: tuple[int, ...]
     ledger: Ledger
     observer: Observer
+    stop_requested: Callable[[], bool] = lambda: False  # asked between steps: a time limit, a user
     val_history: list[tuple[int, float]] = field(default_factory=list)
     best_step: int | None = None
     last_step: int = 0
@@ -82,9 +83,14 @@ class RlRun:
         return self.stored_evaluation("test-before")
 
     def loop(self) -> None:
-        """Steps from where the run stands to algorithm.total_steps, or to an early stop."""
+        """Steps from where the run stands to algorithm.total_steps, or to an early stop.
+
+        Raises Stopped, with the last step saved, when a stop was requested.
+        """
         last = self.cfg.algorithm.total_steps
         for step in range(self.last_step + 1, last + 1):
+            if self.stop_requested():
+                self._stop_here()
             result = rl_step(
                 step,
                 self.stream,
@@ -111,6 +117,14 @@ class RlRun:
         if not every or step % every:
             return None
         return lambda batch, parts: save_step(self.folder, step, batch, parts, self.trainer)
+
+    def _stop_here(self) -> None:
+        if self.last_step > 0:
+            self._save(self.last_step, last=True)
+        raise Stopped(
+            f"stopped as requested after step {self.last_step}; "
+            f"redone run --resume {self.folder.path} goes on"
+        )
 
     def _note(self, message: str) -> None:
         self.notes.append(message)

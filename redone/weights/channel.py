@@ -1,9 +1,15 @@
-"""The shared-memory channel: one file that holds the whole weight space, mapped by trainer and engines."""
+"""The channel: one file that holds the whole weight space, mapped by trainer and engines.
+
+weights.channel=shm keeps it in shared memory, for one node. weights.channel=file keeps it in a folder that
+all nodes share: the writer flushes it before the engines hear of it, every engine opens it anew for every
+version (which is what makes a network file system show the new bytes), and digests find what it did not show.
+"""
 
 from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import logging
 import mmap
 import os
@@ -39,6 +45,25 @@ def channel_path(cfg: WeightsConfig, run_id: str) -> str:
     return str(channel_dir(cfg) / f"redone-{run_id}")
 
 
+def location_of(cfg: WeightsConfig, run_folder: Path, run_name: str) -> str:
+    """Where the weight space of a run lives: named by the driver's pid (shm), or by the run folder (file).
+
+    A run folder has one live run, so a file that a dead run left is taken over and removed by the next one.
+    """
+    if cfg.channel == "shm":
+        return channel_path(cfg, f"{os.getpid()}-{run_name}")
+    assert cfg.dir is not None
+    folder = Path(cfg.dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SyncError(
+            f"weights.dir={folder}: {error.strerror}; name a folder that all nodes share"
+        ) from None
+    key = hashlib.sha256(str(run_folder.resolve()).encode()).hexdigest()[:12]
+    return str(folder / f"redone-weights-{run_name}-{key}")
+
+
 def sweep_stale(cfg: WeightsConfig) -> list[str]:
     """Remove `redone-<pid>-*` files of this user whose process is dead and that no writer holds.
 
@@ -47,7 +72,7 @@ def sweep_stale(cfg: WeightsConfig) -> list[str]:
     """
     removed: list[str] = []
     directory = channel_dir(cfg)
-    if not directory.is_dir():
+    if cfg.channel != "shm" or not directory.is_dir():  # pids of other nodes say nothing here
         return removed
     for path in directory.iterdir():
         match = _OWNED.match(path.name)
@@ -91,10 +116,12 @@ class _Mapping:
     def __init__(self, location: str, total_bytes: int) -> None:
         self.location, self.total_bytes = location, total_bytes
         self._bytes: torch.Tensor | None = None
+        self._memory: mmap.mmap | None = None
 
     def _map(self, fd: int) -> None:
         # torch.frombuffer refuses read-only buffers; readers never write.
-        self._bytes = torch.frombuffer(mmap.mmap(fd, self.total_bytes), dtype=torch.uint8)
+        self._memory = mmap.mmap(fd, self.total_bytes)
+        self._bytes = torch.frombuffer(self._memory, dtype=torch.uint8)
 
     def view(self, offset: int, nbytes: int) -> torch.Tensor:
         """[nbytes] uint8, sharing memory with the file. Raises SyncError outside the weight space."""
@@ -109,7 +136,7 @@ class _Mapping:
 
     def close(self) -> None:
         """Drop the mapping; the memory goes when the last view of it does."""
-        self._bytes = None
+        self._bytes = self._memory = None
 
 
 class ShmWriter(_Mapping):
@@ -154,6 +181,11 @@ class ShmWriter(_Mapping):
             f"weight channel: {directory} has {free} bytes free, the weights need {need}. Remedy: set "
             f"weights.dir or {SHM_DIR_VARIABLE} to a folder with room (in a container: a larger --shm-size)"
         )
+
+    def flush(self) -> None:
+        """Write what was mapped to the file system; other nodes see it from their next open()."""
+        if self._memory is not None:
+            self._memory.flush()
 
     def close(self, keep: bool = False) -> None:
         """Unmap, release the lock and (unless `keep`) remove the file; safe to call twice."""

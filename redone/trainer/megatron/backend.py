@@ -158,7 +158,7 @@ class MegatronTrainer:
         weights = self.cfg.weights
         if self.publisher is None:
             plan = self.plan or self.weight_plan(weights.bucket_bytes)
-            self.publisher = Publisher(self.exporter, plan, weights.delta)
+            self.publisher = Publisher(self.exporter, plan, weights.delta, flush=weights.channel == "file")
         return self.publisher.publish(location, version, weights.bucket_bytes)
 
     @on_device

@@ -22,11 +22,12 @@ class Publisher:
     """Writes version after version into a channel. Every rank calls publish; rank 0 writes.
 
     Args:
+        flush: write every bucket out before it is announced (weights.channel=file).
         delta: leave out units (redone.weights.units) of which no rank's shards changed since the last time.
     """
 
-    def __init__(self, exporter: Exporter, plan: WeightPlan, delta: bool) -> None:
-        self.exporter, self.plan, self.delta = exporter, plan, delta
+    def __init__(self, exporter: Exporter, plan: WeightPlan, delta: bool, flush: bool) -> None:
+        self.exporter, self.plan, self.delta, self.flush = exporter, plan, delta, flush
         self._digests: dict[str, int] = {}  # of what the channel holds, by Hugging Face name (rank 0)
         self._shards: dict[str, int] = {}  # of this rank's parameters, by Megatron name
         self._last: tuple[str, int] | None = None  # location and version of the last complete publication
@@ -57,6 +58,8 @@ class Publisher:
                     written += places[name].nbytes
             if name in last_of and dist.get_rank() == 0:
                 index = last_of[name]
+                if self.flush and self._writer is not None:
+                    self._writer[1].flush()
                 total = self.exporter.received_bytes
                 yield self._bucket(location, version, index, skip, base, written, total - gathered)
                 written, gathered = 0, total

@@ -1,0 +1,62 @@
+"""What takes minutes: SLURM's own time limit, the death of a job's first node, a run that fails by itself."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from redone_launcher.jobs import status
+
+from .conftest import Jobs
+
+pytestmark = pytest.mark.slow
+
+
+def test_the_time_limit_itself(jobs: Jobs) -> None:
+    """SLURM sends the warning; attempts follow each other until the run is done."""
+    limit = "REDONE_TIME=00:03:00\nREDONE_SIGNAL_LEAD_S=60\n"
+    jobs.submit("limit", 1, "algorithm.total_steps=400", site=limit)
+    jobs.wait_for_end("limit", timeout_s=1500)
+    attempts = jobs.attempts("limit")
+    assert [a["outcome"] for a in attempts] == ["requeued"] * (len(attempts) - 1) + ["done"]
+    assert len(attempts) >= 2 and "time limit: state saved" in attempts[0]["reason"]
+    assert all(a["ended"] - a["begun"] < 180 for a in attempts)
+    assert [m["step"] for m in jobs.metrics("limit")] == list(range(401))
+
+
+def test_the_first_node_dies(jobs: Jobs) -> None:
+    """The batch script dies with it: SLURM itself requeues the job."""
+    jobs.submit("head", 1, "algorithm.total_steps=30", "checkpoint.every=2")
+    jobs.wait_for_step("head", 4)
+    victim = jobs.state("head").nodes
+    jobs.cluster.kill_node(victim)
+    jobs.wait_for_end("head", timeout_s=900)
+    (attempt,) = jobs.attempts("head")  # the first one could not write its end
+    assert attempt["outcome"] == "done" and attempt["nodes"] != victim
+    assert [m["step"] for m in jobs.metrics("head")] == list(range(31))
+    jobs.cluster.start_node(victim)
+    jobs.cluster.wait_for_idle(4)
+
+
+def test_a_run_that_fails_is_not_requeued(
+    jobs: Jobs, tiny_assets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The model disappears between submission and start."""
+    shutil.copytree(tiny_assets / "tiny/model", tmp_path / "model")
+    jobs.submit("fails", 1, f"model.path={tmp_path / 'model'}")
+    shutil.rmtree(tmp_path / "model")
+    jobs.wait_for_end("fails", state="FAILED")
+    (attempt,) = jobs.attempts("fails")
+    assert attempt["outcome"] == "failed" and "no such folder" in attempt["reason"]
+    assert status(jobs.run("fails")) == 1
+    assert "no such folder" in capsys.readouterr().out
+    assert jobs.cluster.processes() == []
+
+
+def test_a_dependency_that_failed_cancels(jobs: Jobs) -> None:
+    first = jobs.submit("first", 1, site='REDONE_SBATCH_ARGS="--begin=now+1hour"\n')
+    jobs.submit("second", 1, dependency=f"afterok:{first.job}")
+    assert jobs.state("second").state == "PENDING"
+    jobs.cancel(str(first.job))
+    jobs.wait_for_end("second", state="CANCELLED")
