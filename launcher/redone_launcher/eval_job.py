@@ -16,7 +16,7 @@ from redone.data.chat import Chat, load_chat
 from redone.errors import ConfigError
 from redone.evaluate.answer import Asking, Measures
 from redone.evaluate.embedding import Embedder
-from redone.evaluate.items import RUN, EvalItem, run_suite, suite_items
+from redone.evaluate.items import RUN, EvalItem, held_out, run_suite, suite_items
 from redone.evaluate.measures import make_measure
 from redone.evaluate.records import FORMAT, fingerprint
 from redone.evaluate.suite import Suite, load_suite, reward_configs
@@ -46,6 +46,7 @@ def prepare(args: argparse.Namespace) -> Job:
     _check_numbers(args)
     wanted = [name.strip() for name in args.suite.split(",") if name.strip()]
     loaded = {name: load_suite(name) for name in wanted if not name.startswith(RUN)}
+    runs = {name: held_out(name) for name in wanted if name.startswith(RUN)}
     data = _data_folder(args.data) if loaded else Path()
     facts = _model_facts(args.model)
     cfg = _engine_config(args.model, facts, args.words)
@@ -56,7 +57,7 @@ def prepare(args: argparse.Namespace) -> Job:
         if name in loaded:
             suite, found = loaded[name], suite_items(loaded[name], data, chat, args.limit)
         else:
-            suite, found = run_suite(name, chat, args.limit)
+            suite, found = run_suite(*runs[name], chat, args.limit)
         if suite.name in suites:
             raise ConfigError(f"--suite {args.suite}: two suites are called {suite.name}; rename one")
         suites[suite.name], items[suite.name] = suite, found

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from redone.config.load import load_config
+from redone.config.schema import Config
 from redone.data.chat import Chat
 from redone.data.prompts import load_prompts
 from redone.errors import ConfigError, DataError
@@ -66,8 +67,8 @@ def suite_items(suite: Suite, data: Path, chat: Chat, limit: int | None = None) 
     return items
 
 
-def run_suite(argument: str, chat: Chat, limit: int | None = None) -> tuple[Suite, list[EvalItem]]:
-    """`run:FOLDER`, `run:FOLDER#val`: a run's held-out files with the run's own rewards, a part per task."""
+def held_out(argument: str) -> tuple[Config, str]:
+    """(configuration, split) of `run:FOLDER` or `run:FOLDER#val`. Raises ConfigError when there is none."""
     folder, _, split = argument.removeprefix(RUN).partition("#")
     split = split or "test"
     if split not in ("test", "val", "train"):
@@ -75,9 +76,14 @@ def run_suite(argument: str, chat: Chat, limit: int | None = None) -> tuple[Suit
     if not (Path(folder) / "config.yaml").is_file():
         raise ConfigError(f"--suite {argument}: {folder} is no run folder (no config.yaml)")
     cfg = load_config(Path(folder) / "config.yaml")
-    files: tuple[str, ...] = getattr(cfg.data, split)
-    if not files:
+    if not getattr(cfg.data, split):
         raise ConfigError(f"--suite {argument}: the run has no data.{split}; use {folder}#val or #train")
+    return cfg, split
+
+
+def run_suite(cfg: Config, split: str, chat: Chat, limit: int | None = None) -> tuple[Suite, list[EvalItem]]:
+    """A run's held-out files with the run's own rewards, a part per task."""
+    files: tuple[str, ...] = getattr(cfg.data, split)
     by_task: dict[str, list[Prompt]] = {}
     for prompt in load_prompts(files, cfg, chat).prompts:
         by_task.setdefault(prompt.task, []).append(prompt)

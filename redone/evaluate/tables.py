@@ -13,6 +13,7 @@ from redone.evaluate.paper import AVERAGE, CAVEAT, CITATION, paper_rows
 from redone.evaluate.results import PartResult, Ranged, SuiteResult, TableResult
 
 PARTIAL = "*"
+FEW = 30  # items below which a bootstrap interval is not to be trusted
 HEADS = ("file", "items", "score", "value", "95 % interval", "best without knowledge", "cut")
 
 
@@ -75,6 +76,10 @@ def notes(result: SuiteResult) -> list[str]:
         if table.average and table.average.partial
     }
     lines = [f"{PARTIAL} {text}" for text in sorted(found)]
+    if few := sum(part.items < FEW for part in result.parts):
+        lines.append(
+            f"{few} file(s) with fewer than {FEW} items: their intervals are rough, mostly too narrow"
+        )
     for part in result.parts:
         if part.unfit:
             lines.append(f"{part.id}: {part.unfit} prompt(s) fill the context and count as empty answers")

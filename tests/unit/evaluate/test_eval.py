@@ -115,6 +115,7 @@ def test_page_and_terminal_hold_the_scores_and_nothing_foreign(place: Place) -> 
     page = render([result], "model", {"n": 1, "temperature": 0})
     assert "<script" not in page and "&lt;script&gt;" in page
     assert "http" not in page and "<svg" in page and "commonest answer: no" in page
+    assert "2 file(s) with fewer than 30 items" in page
     heads, rows = table_rows("both", result.tables["both"], "model", None)
     assert heads == ["both", "Words", "Lists", "average"] and rows[0][1] == "0.00"
     assert terminal([result], "model", True) is not None

@@ -13,7 +13,6 @@ from redone.evaluate.paper import paper_rows
 from redone.evaluate.policies import policy_answers
 from redone.evaluate.suite import Extract, load_suite, reward_configs, shipped
 from redone.reward.pool import make_reward
-from redone.reward.sandbox import Sandbox
 from tests.unit.evaluate.toy import YAML, ToyChat, write_toy
 
 ITEMS = {
@@ -73,7 +72,6 @@ def test_code_items_have_tests_that_their_own_solution_names(redone_data: Path) 
         item = suite_items(load_suite(name), redone_data, ToyChat(), limit=1)[0]  # type: ignore[arg-type]
         assert item.prompt.reference["tests"] and item.prompt.reference["entry_point"]
     assert item.row["task_id"] == 11
-    assert Sandbox is not None
 
 
 @pytest.mark.parametrize(
@@ -138,6 +136,19 @@ def check_measures(suite: Any) -> None:
     for part in suite.parts:
         for metric in part.metrics.values():
             make_measure(metric, 1)
+
+
+def test_the_suite_in_the_documentation_works(repo: Path, tmp_path: Path) -> None:
+    text = (repo / "docs" / "evaluation.md").read_text(encoding="utf-8").split("```yaml\n")[1].split("```")[0]
+    (tmp_path / "mine.yaml").write_text(text)
+    (tmp_path / "mine").mkdir()
+    row = '{"split": "test", "text": "thanks!", "label": "friendly"}\n'
+    (tmp_path / "mine" / "tone.jsonl").write_text(row + row.replace("test", "train"))
+    suite = load_suite(str(tmp_path / "mine.yaml"))
+    (item,) = suite_items(suite, tmp_path, ToyChat())  # type: ignore[arg-type]
+    assert [m.role for m in item.prompt.messages] == ["system", "user", "assistant", "user"]
+    assert item.prompt.reference == "friendly" and item.part.max_tokens == 16
+    assert answer_of("I say. Tone: rude", item.part.extract) == "rude"
 
 
 def test_unknown_suite_names_the_nearest() -> None:
