@@ -166,7 +166,7 @@ VERDICTS = st.one_of(
 )
 
 
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(said=VERDICTS, texts=st.lists(TEXTS, min_size=2, max_size=4), structured=st.booleans())
 def test_a_judge_on_any_text_that_says_anything(said: str, texts: list[str], structured: bool) -> None:
     items = [JudgeItem(prompt=prompt("reference"), completion=answer(text)) for text in texts]
