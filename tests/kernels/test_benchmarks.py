@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -58,3 +59,17 @@ def test_results_need_a_commit(repo: Path, tmp_path: Path) -> None:
         subprocess.run([*git, *words], cwd=tmp_path, check=True)
     (tmp_path / "new.txt").write_text("x")
     assert "uncommitted" in refusal()
+
+
+def test_a_result_goes_between_the_marks_of_the_page(repo: Path) -> None:
+    module = runpy.run_path(str(repo / "benchmarks/kernels/table.py"))
+    record = {
+        "device": "D", "date": "2000-01-01", "commit": "c", "cuda": "0", "versions": {"torch": "0"},
+        "targets": [{"what": "w", "target": ">= 1", "measured": 0.5}],
+        "rows": [{"name": "a", "ms": 1.25}, {"name": "b", "failed": "RuntimeError: x"}],
+    }  # fmt: skip
+    page = (repo / "docs/kernels.md").read_text()
+    placed = module["place"](page, module["table"](record))
+    assert "| w | >= 1 | 0.5 |" in placed and "| a | 1.25 |" in placed and "| b | RuntimeError: x |" in placed
+    assert placed.split("<!-- measured -->")[0] == page.split("<!-- measured -->")[0]
+    assert placed.split("<!-- /measured -->")[1] == page.split("<!-- /measured -->")[1]
