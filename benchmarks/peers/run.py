@@ -32,7 +32,7 @@ from redone.bench.roofline import processor
 
 HERE = Path(__file__).parent
 SETTINGS = {  # name -> prompts per step, group size, response tokens
-    "short": (4, 16, 8),
+    "short": (2, 16, 8),
     "long": (2, 16, 64),
     "smoke": (1, 2, 2),  # that both sides run; no result
 }

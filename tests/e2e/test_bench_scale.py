@@ -13,7 +13,7 @@ import pytest
 from redone.bench.result import read_result
 from tests.e2e.conftest import REPO, Workplace
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.unproven]
 
 
 def test_every_part_is_measured(workplace: Workplace, tmp_path: Path) -> None:

@@ -142,7 +142,7 @@ def test_efficiency_and_shares_from_metrics(place: Path) -> None:
         ranks = point.nodes
         tokens = 800.0 * (ranks if "strong" not in point.modes else 1)
         seconds = {"base": 8.0, "strong": 8.0 / ranks * 1.25, "weak": 10.0}[point.id.split("-")[0]]
-        write_metrics(place, point, [100.0, seconds, seconds], tokens, ranks)
+        write_metrics(place, point, [100.0, seconds], tokens, ranks)
     runs = [r for p in todo(place, one) if (r := read_run(place / "out", one, p))]
     found = {(c.mode, c.nodes): c for c in cells(one, runs, gpus_per_node=1)}
     assert found["strong", 1].efficiency == found["weak", 1].efficiency == 1.0
