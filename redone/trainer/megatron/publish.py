@@ -103,7 +103,7 @@ class Publisher:
     def _write(self, location: str, meta: TensorMeta, tensor: Tensor) -> Future[int]:
         """Copy into the channel; the digest of what is there now, computed while the next one is copied."""
         if self._writer is None or self._writer[0] != location:
-            self.close()
+            self._close_writer()
             self._writer = (location, ShmWriter(location, self.plan.total_bytes))
         view = self._writer[1].view(meta.offset, meta.nbytes)
         source = tensor.detach()
@@ -111,6 +111,10 @@ class Publisher:
         return self._hasher.submit(digest, view)
 
     def close(self) -> None:
+        self._hasher.shutdown()
+        self._close_writer()
+
+    def _close_writer(self) -> None:
         if self._writer is not None:
             self._writer[1].close()
             self._writer = None
