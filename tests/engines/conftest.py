@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,13 +21,43 @@ LAYOUT = {
 }
 
 
+class SharedCluster:
+    """One cluster for many tests; a process can have only one, so a test that starts its own ends it."""
+
+    def __init__(self, work: Path) -> None:
+        self._work, self._stack, self._starts = work, ExitStack(), 0
+        self._cluster: RayCluster | None = None
+
+    def get(self) -> RayCluster:
+        if self._cluster is None:
+            self._starts += 1
+            work = self._work / str(self._starts)
+            model = make_tiny_model(work / "model", "qwen3_moe")
+            self._cluster = self._stack.enter_context(planted_cluster(model, work, LAYOUT))
+        return self._cluster
+
+    def end(self) -> None:
+        self._stack.close()
+        self._cluster = None
+
+
 @pytest.fixture(scope="session")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayCluster]:
+def shared_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SharedCluster]:
+    shared = SharedCluster(tmp_path_factory.mktemp("cluster"))
+    yield shared
+    shared.end()
+
+
+@pytest.fixture
+def cluster(shared_cluster: SharedCluster) -> RayCluster:
     """A mixture of experts on two trainer ranks (TP 2 with sequence parallelism, EP 2) and one engine."""
-    work = tmp_path_factory.mktemp("cluster")
-    model = make_tiny_model(work / "model", "qwen3_moe")
-    with planted_cluster(model, work, LAYOUT) as started:
-        yield started
+    return shared_cluster.get()
+
+
+@pytest.fixture
+def alone(shared_cluster: SharedCluster) -> None:
+    """For a test that starts a cluster of its own."""
+    shared_cluster.end()
 
 
 @pytest.fixture(scope="session", params=["in_process_moe", "async_dense_tied"])

@@ -53,6 +53,7 @@ CASES: dict[str, tuple[str, int, dict[str, int], int]] = {
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("alone")
 @pytest.mark.parametrize("case", CASES)
 def test_fifty_random_updates_are_exact(tmp_path: Path, case: str) -> None:
     kind, ranks, layout, engine_ranks = CASES[case]

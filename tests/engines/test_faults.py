@@ -58,6 +58,7 @@ def test_killed_during_a_weight_update(cluster: RayCluster) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("alone")
 @pytest.mark.parametrize("in_process", [True, False], ids=["in-process", "async"])
 def test_killed_at_every_other_point(tmp_path: Path, in_process: bool) -> None:
     """During generation, wake-up, sleep: the same tokens as undisturbed; then the restarts are used up."""
@@ -85,6 +86,7 @@ def test_killed_at_every_other_point(tmp_path: Path, in_process: bool) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("alone")
 def test_an_engines_own_process_is_killed(tmp_path: Path) -> None:
     """vLLM's EngineCore dies, the actor around it lives: as good as dead."""
     model = make_tiny_model(tmp_path / "model", "qwen3")

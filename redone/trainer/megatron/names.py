@@ -213,7 +213,7 @@ def from_shards(rule: Rule, shape: ModelShape, shards: Sequence[Tensor]) -> list
         halves = [s.chunk(2, 0) for s in shards]
         # a single part stays a view: publishing then copies it once
         return [torch.cat([h[i] for h in halves]) if len(halves) > 1 else halves[0][i] for i in (0, 1)]
-    full = shards[0] if rule.axis is None else torch.cat(list(shards), rule.axis)
+    full = shards[0] if rule.axis is None or len(shards) == 1 else torch.cat(list(shards), rule.axis)
     if rule.kind == "qkv":
         per_head = [s[0] // shape.kv_heads for s in rule.hf_shapes]
         grouped = full.view(shape.kv_heads, -1, shape.hidden)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 import torch.distributed as dist
-import xxhash
 from torch import Tensor
 
 from redone.trainer.megatron.export import Exporter
@@ -14,8 +14,6 @@ from redone.types import TensorMeta, WeightBucket, WeightPlan
 from redone.weights.channel import ShmWriter
 from redone.weights.digest import digest
 from redone.weights.units import unit_of
-
-CHUNK_BYTES = 1 << 18  # copied and hashed while it is in the core's cache: memory is read once, not twice
 
 
 class Publisher:
@@ -28,10 +26,11 @@ class Publisher:
 
     def __init__(self, exporter: Exporter, plan: WeightPlan, delta: bool, flush: bool) -> None:
         self.exporter, self.plan, self.delta, self.flush = exporter, plan, delta, flush
-        self._digests: dict[str, int] = {}  # of what the channel holds, by Hugging Face name (rank 0)
+        self._digests: dict[str, Future[int]] = {}  # of what the channel holds, by Hugging Face name (rank 0)
         self._shards: dict[str, int] = {}  # of this rank's parameters, by Megatron name
         self._last: tuple[str, int] | None = None  # location and version of the last complete publication
         self._writer: tuple[str, ShmWriter] | None = None
+        self._hasher = ThreadPoolExecutor(1, thread_name_prefix="digest")  # hashing lets the copying go on
 
     def publish(self, location: str, version: int, bucket_bytes: int) -> Iterator[WeightBucket]:
         """Collective generator: every rank must exhaust it, rank 0 gets the buckets as they are written.
@@ -82,7 +81,7 @@ class Publisher:
             version=version,
             index=index,
             location=location,
-            digests=tuple(self._digests[meta.name] for meta in tensors),
+            digests=tuple(self._digests[meta.name].result() for meta in tensors),
             base=base if skip else None,
             unchanged=tuple(i for i, meta in enumerate(tensors) if unit_of(meta.name) in skip),
             written=written,
@@ -104,25 +103,21 @@ class Publisher:
         dist.all_gather_object(everyone, changed)
         return frozenset({unit_of(meta.name) for meta in self.plan.tensors} - set().union(*everyone))
 
-    def _write(self, location: str, meta: TensorMeta, tensor: Tensor) -> int:
-        """Copy into the channel; the digest of what is there now."""
+    def _write(self, location: str, meta: TensorMeta, tensor: Tensor) -> Future[int]:
+        """Copy into the channel; the digest of what is there now, computed while the next one is copied."""
         if self._writer is None or self._writer[0] != location:
-            self.close()
+            self._close_writer()
             self._writer = (location, ShmWriter(location, self.plan.total_bytes))
         view = self._writer[1].view(meta.offset, meta.nbytes)
         source = tensor.detach()
-        if source.device.type != "cpu" or not source.is_contiguous():
-            view.view(source.dtype).view(source.shape).copy_(source)
-            return digest(view)
-        flat = source.view(-1).view(torch.uint8)
-        state = xxhash.xxh3_64()
-        for start in range(0, meta.nbytes, CHUNK_BYTES):
-            part = view[start : start + CHUNK_BYTES]
-            part.copy_(flat[start : start + CHUNK_BYTES])
-            state.update(memoryview(part.numpy()))  # type: ignore[arg-type]
-        return state.intdigest()
+        view.view(source.dtype).view(source.shape).copy_(source)
+        return self._hasher.submit(digest, view)
 
     def close(self) -> None:
+        self._hasher.shutdown()
+        self._close_writer()
+
+    def _close_writer(self) -> None:
         if self._writer is not None:
             self._writer[1].close()
             self._writer = None
