@@ -1,17 +1,25 @@
-"""Scores per second of the reward pool and its parts: python benchmarks/reward.py [--seconds 5] [--workers 2]
+"""Scores per second of the reward pool and its parts.
+
+python benchmarks/reward.py [--seconds 5] [--workers 2] [--out FOLDER]
 
 Prints one line per case: scores, wall seconds, scores per wall second, and per CPU second of all processes
-(which is what to read on a machine that others use too).
+(which is what to read on a machine that others use too). --out (benchmarks/results) writes the same as
+reward-cpu.json; it wants a tree without uncommitted changes, so that the commit says what was measured.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import json
 import os
+import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -78,13 +86,25 @@ def cpu() -> float:
     return times.user + times.system + times.children_user + times.children_system
 
 
-def report(name: str, count: int, wall: float, used: float) -> None:
+@dataclass(frozen=True)
+class Rate:
+    case: str
+    scores: int
+    wall_s: float
+    per_second: float
+    per_cpu_second: float
+
+
+def report(name: str, count: int, wall: float, used: float) -> Rate:
+    rate = Rate(name, count, round(wall, 3), round(count / wall, 1), round(count / used, 1))
     print(
-        f"{name:<16} {count:>8} {wall:8.2f} {count / wall:>10.0f}/s {count / used:>10.0f}/cpu-s", flush=True
+        f"{name:<16} {count:>8} {wall:8.2f} {rate.per_second:>10.0f}/s {rate.per_cpu_second:>10.0f}/cpu-s",
+        flush=True,
     )
+    return rate
 
 
-def in_line(name: str, seconds: float) -> None:
+def in_line(name: str, seconds: float) -> Rate:
     """The reward alone, in this process."""
     config, reference, text = CASES[name]
     reward = make_reward(config)
@@ -94,10 +114,10 @@ def in_line(name: str, seconds: float) -> None:
     while time.perf_counter() - start < seconds:
         prompt, answers = groups[count // GROUP % len(groups)]
         count += sum(reward.score(prompt, answer).status == "ok" for answer in answers)
-    report(name, count, time.perf_counter() - start, time.process_time() - used)
+    return report(name, count, time.perf_counter() - start, time.process_time() - used)
 
 
-def pooled(name: str, seconds: float, workers: int) -> None:
+def pooled(name: str, seconds: float, workers: int) -> Rate:
     """Through the pool: worker processes, sockets, futures."""
     config, reference, text = CASES[name]
     pool = build_rewards({name: config}, RewardPoolConfig(workers=workers))
@@ -113,30 +133,65 @@ def pooled(name: str, seconds: float, workers: int) -> None:
         count += asyncio.run(round())
     wall = time.perf_counter() - start
     pool.close()  # only now the children's CPU time is known; it includes their start
-    report(f"pool {name}", count, wall, cpu() - used)
+    return report(f"pool {name}", count, wall, cpu() - used)
 
 
-def sandbox(seconds: float, workers: int) -> None:
+def sandbox(seconds: float, workers: int) -> Rate:
     box, tests = Sandbox(SandboxReward()), Tests(tests=("assert one() == 1",))
     count, start, used = 0, time.perf_counter(), cpu()
     with ThreadPoolExecutor(workers) as threads:
         while time.perf_counter() - start < seconds:
             done = threads.map(lambda _: box.score_program(tests, "def one(): return 1"), range(10))
             count += sum(score.correct for score in done)
-    report("sandbox", count, time.perf_counter() - start, cpu() - used)
+    return report("sandbox", count, time.perf_counter() - start, cpu() - used)
+
+
+def device() -> str:
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
+
+
+def clean_commit() -> str:
+    """Of the tree that is measured. SystemExit when it has uncommitted changes."""
+    words = [["git", "status", "--porcelain"], ["git", "rev-parse", "HEAD"]]
+    here = Path(__file__).parent
+    dirty, head = (
+        subprocess.run(w, cwd=here, capture_output=True, text=True, check=True).stdout for w in words
+    )
+    if dirty.strip():
+        raise SystemExit(f"benchmarks: the tree has uncommitted changes, commit them first:\n{dirty}")
+    return head.strip()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=5.0)
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=None)
     options = parser.parse_args()
-    print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, Python {sys.version.split()[0]}")
-    for name in CASES:
-        in_line(name, options.seconds)
-    for name in ("exact", "pattern", "bleu-en", "bleu-zh"):
-        pooled(name, options.seconds, options.workers)
-    sandbox(options.seconds, options.workers)
+    commit = clean_commit() if options.out else ""
+    load = os.getloadavg()[0]
+    print(f"{os.cpu_count()} cores, load {load:.1f}, Python {sys.version.split()[0]}")
+    rates = [in_line(name, options.seconds) for name in CASES]
+    rates += [
+        pooled(name, options.seconds, options.workers) for name in ("exact", "pattern", "bleu-en", "bleu-zh")
+    ]
+    rates.append(sandbox(options.seconds, options.workers))
+    if options.out:
+        command = f"python benchmarks/reward.py --seconds {options.seconds:g} --workers {options.workers}"
+        result = {
+            "benchmark": "reward",
+            "command": command,
+            "commit": commit,
+            "device": device(),
+            "cores": os.cpu_count(),
+            "load_before": round(load, 1),
+            "load_after": round(os.getloadavg()[0], 1),
+            "versions": {"python": sys.version.split()[0], "sacrebleu": metadata.version("sacrebleu")},
+            "rates": [asdict(rate) for rate in rates],
+        }
+        text = json.dumps(result, indent=1) + "\n"
+        (options.out / "reward-cpu.json").write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

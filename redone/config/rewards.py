@@ -146,6 +146,9 @@ class CustomReward(RewardBase):
 
 class JudgeReward(JudgeConfig, RewardBase):
     family: Literal["judge"] = "judge"
+    timeout_s: float = Field(
+        600.0, gt=0, description="As deadline_s; the smaller one counts. Waiting for a free request does not."
+    )
     require_stop: bool = Field(True, description="A response cut by the length limit scores 0.")
 
     @model_validator(mode="after")

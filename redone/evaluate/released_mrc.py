@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from redone.evaluate.released import TINY, Row, Scores, literal
+from redone.evaluate.rouge_released import rouge_l
 from redone.reward.segment import HAN_RELEASED, cut
 
 DROPPED = frozenset(":_`，。：？！()“”；’《》·、,「」（）－～『』|")
@@ -68,7 +69,8 @@ def overlaps(found: str, gold: str) -> tuple[float, float, float, float]:
         warnings.simplefilter("ignore")  # nltk's advice to smooth
         bleu = float(sentence_bleu([reference], hypothesis))
     rouge = _rouge().get_scores(" ".join(hypothesis), " ".join(reference))[0]
-    return bleu, float(rouge["rouge-1"]["f"]), float(rouge["rouge-2"]["f"]), float(rouge["rouge-l"]["f"])
+    longest = rouge_l(hypothesis, reference)
+    return bleu, float(rouge["rouge-1"]["f"]), float(rouge["rouge-2"]["f"]), longest
 
 
 def _plain(text: str) -> str:
@@ -81,7 +83,7 @@ def _plain(text: str) -> str:
 def _rouge() -> Any:
     from rouge import Rouge
 
-    return Rouge()
+    return Rouge(["rouge-1", "rouge-2"])
 
 
 def results(text: str) -> list[dict[str, str]] | None:

@@ -10,6 +10,7 @@ from redone.reward.extract import fold, word_pattern
 from redone.reward.ifeval import INSTRUCTIONS, Args, Checker, count_sentences, language_of
 from redone.reward.segment import HAN
 
+WORD = re.compile(r"\w+")
 FENCED = re.compile(r"\A```\w*\n(.*)\n```\Z", re.DOTALL)
 
 
@@ -59,9 +60,17 @@ def language(text: str, args: Args) -> bool:
     return found is not None and (found == args["language"] or found.split("-")[0] == args["language"])
 
 
+def count_words(text: str) -> int:
+    """Every Han character is one, and so is every run of other letters and digits."""
+    han = 0
+    if not text.isascii():
+        text, han = HAN.subn(" ", text)
+    return han + len(WORD.findall(text))
+
+
 UNITS: dict[str, Callable[[str], int]] = {
     "characters": lambda text: len("".join(text.split())),
-    "words": lambda text: len(HAN.findall(text)) + len(re.findall(r"\w+", HAN.sub(" ", text))),
+    "words": count_words,
     "sentences": count_sentences,
     "lines": lambda text: sum(bool(line.strip()) for line in text.splitlines()),
     "paragraphs": lambda text: sum(bool(part.strip()) for part in re.split(r"\n\s*\n", text)),

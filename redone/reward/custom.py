@@ -99,14 +99,12 @@ class Custom:
         return failed(f"{self._config.path}: {captured}")
 
     def _to_score(self, result: Any) -> Score:
-        parts: dict[str, float] = {}
-        raw = result
-        if isinstance(result, Mapping):
-            raw = result.get("score")
-            parts = {str(k): float(v) for k, v in result.items() if k != "score" and _is_number(v)}
-        if not _is_number(raw):
+        pairs = result.items() if isinstance(result, Mapping) else [("score", result)]
+        parts = {str(k): number for k, v in pairs if (number := _number(v)) is not None}
+        raw = parts.pop("score", None)
+        if raw is None:
             return failed(f"{self._config.path}: {self._config.name} returned {result!r:.80}, not a number")
-        return make_score(float(raw), self._config, parts=parts)
+        return make_score(raw, self._config, parts=parts)
 
 
 def columns(prompts: Sequence[Prompt]) -> dict[str, list[Any]]:
@@ -140,5 +138,9 @@ def load_function(config: CustomReward) -> Callable[..., Any]:
     return function
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, numbers.Real)
+def _number(value: object) -> float | None:
+    """None for what is no number, and for integers that no float can hold."""
+    try:
+        return float(value) if isinstance(value, numbers.Real) else None
+    except OverflowError:
+        return None

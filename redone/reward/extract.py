@@ -49,7 +49,9 @@ def last_box(text: str) -> str | None:
 
 def fold(text: str) -> str:
     """NFKC (full-width letters, digits and signs become ASCII) and single blanks."""
-    return " ".join(unicodedata.normalize("NFKC", text).split())
+    if not text.isascii():  # ASCII is its own normal form
+        text = unicodedata.normalize("NFKC", text)
+    return " ".join(text.split())
 
 
 def normalise(text: str, *, ignore_case: bool = True, strip_punctuation: bool = True) -> str:
@@ -59,8 +61,9 @@ def normalise(text: str, *, ignore_case: bool = True, strip_punctuation: bool = 
     """
     text = fold(text)
     if ignore_case:
-        # casefold can undo the normal form (U+0345), so the form is restored
-        text = unicodedata.normalize("NFKC", text.casefold())
+        text = text.casefold()
+        if not text.isascii():  # casefold can undo the normal form (U+0345), so the form is restored
+            text = unicodedata.normalize("NFKC", text)
     if strip_punctuation:
         text = strip_outer(text) or text
     return text

@@ -37,6 +37,9 @@ ABBREVIATIONS = (
     ),
     *("a.m", "p.m", "u.s", "no", "dept", "est", "fig", "gen", "hon", "rev", "col", "sgt", "capt", "ph.d"),
 )
+# The published patterns begin with ^\s*, quadratic on many empty lines; these count the same.
+STARS = re.compile(r"^[^\S\n]*\*[^*].*$", re.MULTILINE)
+DASHES = re.compile(r"^[^\S\n]*-.*$", re.MULTILINE)
 ANSWERS = ("My answer is yes.", "My answer is no.", "My answer is maybe.")
 
 
@@ -108,13 +111,21 @@ def number_words(text: str, args: Args) -> bool:
 
 
 def number_placeholders(text: str, args: Args) -> bool:
-    return len(re.findall(r"\[.*?\]", text)) >= int(args["num_placeholders"])
+    return count_placeholders(text) >= int(args["num_placeholders"])
+
+
+def count_placeholders(text: str) -> int:
+    """Pairs of brackets in one line, in linear time: 10,000 open ones cost the published pattern a second."""
+    count = 0
+    for line in text.split("\n"):
+        end = 0
+        while (start := line.find("[", end)) >= 0 and (end := line.find("]", start) + 1):
+            count += 1
+    return count
 
 
 def number_bullet_lists(text: str, args: Args) -> bool:
-    stars = re.findall(r"^\s*\*[^\*].*$", text, flags=re.MULTILINE)
-    dashes = re.findall(r"^\s*-.*$", text, flags=re.MULTILINE)
-    return len(stars) + len(dashes) == int(args["num_bullets"])
+    return len(STARS.findall(text)) + len(DASHES.findall(text)) == int(args["num_bullets"])
 
 
 def constrained_response(text: str, args: Args) -> bool:
@@ -154,9 +165,8 @@ def nth_paragraph_first_word(text: str, args: Args) -> bool:
 
 def postscript(text: str, args: Args) -> bool:
     marker = str(args["postscript_marker"]).strip()
-    known = {"P.P.S": r"\s*p\.\s?p\.\s?s.*$", "P.S.": r"\s*p\.\s?s\..*$"}
-    pattern = known.get(marker, r"\s*" + marker.lower() + ".*$")
-    return re.search(pattern, text.lower(), flags=re.MULTILINE) is not None
+    known = {"P.P.S": r"p\.\s?p\.\s?s", "P.S.": r"p\.\s?s\."}
+    return re.search(known.get(marker, marker.lower()), text.lower(), flags=re.MULTILINE) is not None
 
 
 def existence(text: str, args: Args) -> bool:
@@ -205,7 +215,12 @@ def end_checker(text: str, args: Args) -> bool:
 
 
 def title(text: str, args: Args) -> bool:
-    return any(t.lstrip("<").rstrip(">").strip() for t in re.findall(r"<<[^\n]+>>", text))
+    """In any line, what stands from its first `<<` to its last `>>` holds more than brackets and blanks."""
+    for line in text.split("\n"):
+        start, end = line.find("<<"), line.rfind(">>")
+        if 0 <= start < end - 2 and line[start : end + 2].lstrip("<").rstrip(">").strip():
+            return True
+    return False
 
 
 def english_capital(text: str, args: Args) -> bool:

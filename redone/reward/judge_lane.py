@@ -25,7 +25,8 @@ class JudgeLane:
     def __init__(self, config: JudgeReward) -> None:
         """Raises ConfigError when the rubric, the cache or the key cannot be used."""
         self._config = config
-        self.judge = LlmJudge(config)
+        deadline_s = min(config.deadline_s, config.timeout_s)
+        self.judge = LlmJudge(config.model_copy(update={"deadline_s": deadline_s}))
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
         self._client: asyncio.Future[ChatClient] | None = None

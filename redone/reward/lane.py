@@ -18,7 +18,7 @@ from multiprocessing.connection import Connection
 
 from redone.config.schema import RewardConfig
 from redone.errors import ConfigError, RedoneError
-from redone.reward.worker import Reply, Task
+from redone.reward.worker import Reply, Task, unpack
 from redone.types import Score
 
 log = logging.getLogger(__name__)
@@ -168,7 +168,7 @@ class Lane:
                     logging.getLogger(name).log(level, "%s", message)
                 with self._wake:
                     self._latency.seconds += reply.seconds
-                return process, reply.scores
+                return process, [unpack(packed) for packed in reply.packed]
             self._lost = Score(
                 raw=0.0, value=0.0, correct=False, status="timeout", detail=f"over {self._timeout_s:g} s"
             )

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from pathlib import Path
 
-from redone.errors import ConfigError
+from redone.errors import ConfigError, JudgeError
 
 log = logging.getLogger(__name__)
 
@@ -19,37 +18,41 @@ class VerdictFile:
 
     def __init__(self, path: str | None) -> None:
         self._values: dict[str, float] = {}
-        self._descriptor: int | None = None
-        if path is None:
+        self._path = None if path is None else Path(path)
+        if self._path is None:
             return
         try:
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
-            data = Path(path).read_bytes() if Path(path).exists() else b""
-            self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with self._path.open("a+b", buffering=0) as file:
+                file.seek(0)
+                data = file.read()
+                if data and not data.endswith(b"\n"):
+                    file.write(b"\n")
         except OSError as error:
             raise ConfigError(f"cache={path} cannot be used: {error}; name another file") from error
-        self._read(path, data)
-        if data and not data.endswith(b"\n"):
-            os.write(self._descriptor, b"\n")
+        self._read(data)
 
     def get(self, key: str) -> float | None:
         return self._values.get(key)
 
     def add(self, key: str, value: float, text: str) -> None:
+        """Raises JudgeError when the disk is full or the file cannot be written any more."""
         self._values[key] = value
-        if self._descriptor is not None:
-            line = json.dumps({"key": key, "value": value, "text": text}, ensure_ascii=True) + "\n"
-            os.write(self._descriptor, line.encode())
-
-    def close(self) -> None:
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-            self._descriptor = None
+        if self._path is None:
+            return
+        line = json.dumps({"key": key, "value": value, "text": text}, ensure_ascii=True) + "\n"
+        try:
+            with self._path.open("ab", buffering=0) as file:
+                file.write(line.encode())
+        except OSError as error:
+            raise JudgeError(
+                f"cache={self._path} cannot be written: {error}; free the disk or move it"
+            ) from error
 
     def __len__(self) -> int:
         return len(self._values)
 
-    def _read(self, path: str, data: bytes) -> None:
+    def _read(self, data: bytes) -> None:
         skipped = 0
         for line in data.splitlines():
             try:
@@ -61,6 +64,4 @@ class VerdictFile:
             except (ValueError, KeyError, TypeError):
                 skipped += 1
         if skipped:
-            log.warning(
-                "%s: %d unreadable line(s) skipped; those verdicts will be asked for again", path, skipped
-            )
+            log.warning("%s: %d unreadable line(s) skipped, to be asked for again", self._path, skipped)

@@ -159,7 +159,7 @@ def test_unsupported_feature_is_refused_by_name(file: Path, key: str, reason: st
         ("cluster=3", "cluster=3; it must be a section"),
         ("model.dtype=float16", "model.dtype='float16'; use one of float32, bfloat16"),
         ("algorithm.loss.type=ppo", "algorithm.loss.type=ppo; use one of dapo, grpo"),
-        ("rewards.default.family=judge", "rewards.default.family=judge; use one of exact, metric, sandbox"),
+        ("rewards.default.family=umpire", "rewards.default.family=umpire; use one of exact, metric, sandbox"),
         ("rewards.other.scale=2", "rewards.other.family is required; use one of exact, metric, sandbox"),
         ("run.name='a b'", "run.name='a b'; it must match"),
         ("trainer.optim.min_lr=1", "trainer.optim: min_lr=1.0 exceeds lr=1e-06"),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from redone.evaluate.corrected import CORRECTED, corrected
+from redone.evaluate.corrected import CORRECTED, corrected, labels, set_f1
 from redone.evaluate.suites_sns import RELEASED, reported
 
 # degenerate policy -> (most it may earn when corrected)
@@ -67,3 +67,10 @@ def test_a_name_of_the_scorer_is_a_wrong_answer_not_a_leak(redone_data: Path) ->
     for text in ("reference", "__import__('os').getpid()", "[reference]"):
         assert RELEASED["Note-CHLW"][1]([text] * len(rows), rows)["success-f1"] == 0
         assert corrected("Note-CHLW", [text] * len(rows), rows)["corrected"] == 0
+
+
+def test_sets_of_labels() -> None:
+    assert set_f1(["a", "a"], {"a"}) == 1 and set_f1(["a", "b"], {"a"}) == pytest.approx(2 / 3)
+    assert set_f1(["a", "b", "c"], {"a"}) == 0
+    row = {"answer": "a, b", "candidates": "a, b, c"}
+    assert labels("b,a", row) == 1 and labels("a, b, c", row) == 0 and labels("a, c", row) == 0.5

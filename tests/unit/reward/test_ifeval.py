@@ -4,104 +4,51 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ifeval_pairs import EN, LOOSE, PAIRS
 
-from redone.reward.ifeval import ABBREVIATIONS, INSTRUCTIONS, count_sentences, loose, strict
-
-EN = "The quick brown fox jumps over the lazy dog near the river bank."
-# instruction, arguments, a text that follows it, a text that does not
-PAIRS: list[tuple[str, dict[str, Any], str, str]] = [
-    ("keywords:existence", {"keywords": ["fox", "dog"]}, EN, EN.replace("dog", "cat")),
-    ("keywords:frequency", {"keyword": "o", "frequency": 3, "relation": "at least"}, EN, "the the"),
-    ("keywords:frequency", {"keyword": "o", "frequency": 3, "relation": "less than"}, "the", EN),
-    ("keywords:forbidden_words", {"forbidden_words": ["fox"]}, "foxes run", "a Fox runs"),
-    (
-        "keywords:letter_frequency",
-        {"letter": "O", "let_frequency": 4, "let_relation": "at least"},
-        EN,
-        "oops",
-    ),
-    (
-        "keywords:letter_frequency",
-        {"letter": "!", "let_frequency": 2, "let_relation": "less than"},
-        "a!",
-        "a!!",
-    ),
-    ("language:response_language", {"language": "de"}, "Das ist ein deutscher Satz über das Wetter.", EN),
-    ("length_constraints:number_sentences", {"num_sentences": 2, "relation": "at least"}, f"{EN} {EN}", EN),
-    ("length_constraints:number_sentences", {"num_sentences": 2, "relation": "less than"}, EN, f"{EN} {EN}"),
-    ("length_constraints:number_paragraphs", {"num_paragraphs": 2}, "a\n***\nb\n***\n", "a\n***\n***\nb"),
-    (
-        "length_constraints:number_words",
-        {"num_words": 4, "relation": "at least"},
-        "one two three four",
-        "1 2 3",
-    ),
-    (
-        "length_constraints:number_words",
-        {"num_words": 4, "relation": "less than"},
-        "1 2 3",
-        "one two three four",
-    ),
-    (
-        "length_constraints:nth_paragraph_first_word",
-        {"num_paragraphs": 2, "nth_paragraph": 2, "first_word": "Elm"},
-        "a\n\n'elm, tree",
-        "elm\n\na",
-    ),
-    ("detectable_content:number_placeholders", {"num_placeholders": 2}, "[a] and [b]", "[a] and b"),
-    ("detectable_content:postscript", {"postscript_marker": "P.S."}, "Bye.\nP. S. more", "Bye. PS more"),
-    ("detectable_content:postscript", {"postscript_marker": "P.P.S"}, "Bye.\nP.P.S more", "Bye.\nP.S. more"),
-    ("detectable_format:number_bullet_lists", {"num_bullets": 2}, "* a\n- b\n**c**", "* a\n* b\n* c"),
-    ("detectable_format:constrained_response", {}, "Well. My answer is maybe.", "My answer is perhaps."),
-    ("detectable_format:number_highlighted_sections", {"num_highlights": 2}, "*a* and *b*", "*a* and **"),
-    (
-        "detectable_format:multiple_sections",
-        {"section_spliter": "SECTION", "num_sections": 2},
-        "SECTION 1\na\nSECTION 2\nb",
-        "SECTION 1\na\nSECTION b",
-    ),
-    ("detectable_format:json_format", {}, '```json\n{"a": [1]}\n```', "{'a': 1}"),
-    ("detectable_format:title", {}, "<<A title>>\ntext", "<< >>\ntext"),
-    ("combination:two_responses", {}, "one\n******\ntwo", "one\n******\none"),
-    ("combination:repeat_prompt", {"prompt_to_repeat": "Say it. "}, "say it. Yes.", "Yes. Say it."),
-    ("startend:end_checker", {"end_phrase": "That is all."}, 'x. "That is ALL."', "That is all. x"),
-    ("startend:quotation", {}, ' "quoted" ', '"'),
-    ("change_case:english_capital", {}, EN.upper(), EN),
-    ("change_case:english_lowercase", {}, EN.lower(), EN),
-    ("punctuation:no_comma", {}, "a; b", "a, b"),
-    (
-        "change_case:capital_word_frequency",
-        {"capital_frequency": 2, "capital_relation": "at least"},
-        "I am in the USA now",
-        "We are in the USA now",
-    ),
-    (
-        "change_case:capital_word_frequency",
-        {"capital_frequency": 2, "capital_relation": "less than"},
-        "We are in the USA now",
-        "I am in the USA now",
-    ),
-]
-
+from redone.reward.ifeval import (
+    ABBREVIATIONS,
+    INSTRUCTIONS,
+    count_placeholders,
+    count_sentences,
+    loose,
+    strict,
+)
 
 IDS = [f"{i}-{pair[0]}" for i, pair in enumerate(PAIRS)]
 
 
 def test_all_25_instructions_have_pairs() -> None:
     assert len(INSTRUCTIONS) == 25 and {pair[0] for pair in PAIRS} == set(INSTRUCTIONS)
+    assert [entry[0] for entry in LOOSE] == list(dict.fromkeys(pair[0] for pair in PAIRS))
 
 
 @pytest.mark.parametrize(("name", "args", "good", "bad"), PAIRS, ids=IDS)
 def test_pairs_strict_and_loose(name: str, args: dict[str, Any], good: str, bad: str) -> None:
     checker = INSTRUCTIONS[name]
     assert strict(good, checker, args) and loose(good, checker, args)
-    assert not strict(bad, checker, args)
+    assert not strict(bad, checker, args) and not loose(bad, checker, args)
     assert not strict("", checker, args) and not strict(" \n", checker, args) and not loose("", checker, args)
+
+
+@pytest.mark.parametrize(("name", "args", "text"), LOOSE, ids=[entry[0] for entry in LOOSE])
+def test_only_the_loose_reading(name: str, args: dict[str, Any], text: str | None) -> None:
+    checker = INSTRUCTIONS[name]
+    if text is not None:
+        assert not strict(text, checker, args) and loose(text, checker, args)
+        return
+    rng = random.Random(3)  # what strict refuses stays refused when lines or asterisks are left out
+    for _ in range(500):
+        made = "".join(rng.choices("[]*a\n ", k=rng.randint(0, 16)))
+        assert loose(made, checker, args) == strict(made, checker, args), made
 
 
 def test_loose_reading_drops_first_line_last_line_and_asterisks() -> None:
@@ -195,3 +142,22 @@ def explained(name: str, args: dict[str, Any], text: str) -> bool:
     if name == "keywords:letter_frequency":
         return not args["letter"].isalpha()
     return name == "length_constraints:number_sentences" and any(stop in text for stop in "。！？")
+
+
+# as published: quadratic on the texts of test_long_texts_take_linear_time
+PLACEHOLDER, TITLE = re.compile(r"\[.*?\]"), re.compile(r"<<[^\n]+>>")
+STARS, DASHES = re.compile(r"^\s*\*[^\*].*$", re.M), re.compile(r"^\s*-.*$", re.M)
+PS, PPS = re.compile(r"\s*p\.\s?s\..*$", re.M), re.compile(r"\s*p\.\s?p\.\s?s.*$", re.M)
+
+
+@settings(max_examples=100)
+@given(st.text(alphabet="[]<>*- \n\x0b\u2028aPpSs.", max_size=30))
+def test_linear_readings_are_the_published_ones(text: str) -> None:
+    assert count_placeholders(text) == len(PLACEHOLDER.findall(text))
+    found = len(STARS.findall(text)) + len(DASHES.findall(text))
+    assert INSTRUCTIONS["detectable_format:number_bullet_lists"](text, {"num_bullets": found})
+    titled = any(t.lstrip("<").rstrip(">").strip() for t in TITLE.findall(text))
+    assert INSTRUCTIONS["detectable_format:title"](text, {}) == titled
+    for marker, pattern in (("P.S.", PS), ("P.P.S", PPS)):
+        follows = INSTRUCTIONS["detectable_content:postscript"](text, {"postscript_marker": marker})
+        assert follows == bool(pattern.search(text.lower()))

@@ -2,22 +2,49 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 import random
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ifeval_pairs import PAIRS
 from rewarding import answer, prompt
 
 from redone.api import RewardFn
-from redone.config.schema import Check, ExactReward, MetricReward, PatternReward, RewardConfig
+from redone.config.schema import (
+    Check,
+    CustomReward,
+    ExactReward,
+    JudgeConfig,
+    MetricReward,
+    PatternReward,
+    RewardConfig,
+    SandboxReward,
+)
 from redone.reward.extract import fold, normalise
+from redone.reward.judge import JudgeItem, LlmJudge
 from redone.reward.worker import make_reward
 from redone.types import Score
 
 FORMAT = Check(kind="regex", args={"pattern": "[a-z]"})
+CHECKS = (
+    Check(kind="regex", args={"pattern": "[a-z]+", "min": 1, "max": 9}),
+    Check(kind="json_schema", args={}),
+    Check(kind="required", args={"words": ["Yes", "也许"]}),
+    Check(kind="forbidden", args={"words": ["b", "😂"]}),
+    *(
+        Check(kind="count", args={"unit": unit, "min": 1, "max": 9})
+        for unit in ("characters", "words", "sentences", "lines", "paragraphs")
+    ),
+    Check(kind="language", args={"language": "zh"}),
+)
+FIRST = {name: args for name, args, _, _ in reversed(PAIRS)}
+IFEVAL = {"instruction_id_list": list(FIRST), "kwargs": list(FIRST.values())}
+USER = str(Path(__file__).with_name("user_rewards.py"))
 SCHEMA = Check(kind="json_schema", args={"schema": {"type": "object"}})
 CASES: dict[str, tuple[RewardConfig, Any]] = {
     "text": (ExactReward(), "上海 or Paris"),
@@ -29,27 +56,14 @@ CASES: dict[str, tuple[RewardConfig, Any]] = {
     "metric": (MetricReward(metrics=("bleu", "chrf", "chrf++")), "今天天气真好 yyds😂"),
     "rouge": (MetricReward(metrics=("rouge1", "rougeL"), max_length_ratio=3), "the cat sat on the mat"),
     "pattern": (PatternReward(checks=(FORMAT, SCHEMA), score="fraction"), ""),
-    "ifeval": (
-        PatternReward(score="fraction"),
-        {
-            "instruction_id_list": [
-                "length_constraints:number_sentences",
-                "change_case:capital_word_frequency",
-                "detectable_format:number_highlighted_sections",
-                "length_constraints:number_paragraphs",
-                "combination:two_responses",
-                "detectable_format:json_format",
-                "startend:quotation",
-            ],
-            "kwargs": [
-                {"num_sentences": 2},
-                {"capital_frequency": 1},
-                {"num_highlights": 1},
-                {"num_paragraphs": 1},
-            ]
-            + [{}] * 3,
-        },
+    "metric-zh": (
+        MetricReward(metrics=("bleu", "chrf++", "rouge1", "rouge2", "rougeL"), max_length_ratio=20),
+        "今天天气真好 yyds😂",
     ),
+    "checks": (PatternReward(checks=CHECKS, score="fraction"), ""),
+    "ifeval": (PatternReward(score="fraction"), IFEVAL),
+    "ifeval-loose": (PatternReward(score="fraction", loose=True), IFEVAL),
+    "custom": (CustomReward(path=USER), "a"),
 }
 REWARDS: dict[str, RewardFn] = {name: make_reward(config) for name, (config, _) in CASES.items()}
 PIECES = [
@@ -130,6 +144,53 @@ def test_order_does_not_matter(texts: list[str], seed: int) -> None:
         forward = [score(name, text).raw for text in texts]
         shuffled = {i: score(name, texts[i]).raw for i in order}
         assert forward == [shuffled[i] for i in range(len(texts))]
+
+
+class Talker:
+    """A judge's client (ours) that says the same to every question."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    async def ask(self, body: Any) -> str:
+        return self.text
+
+
+VERDICTS = st.one_of(
+    TEXTS,
+    st.sampled_from(["Score: ", "**Verdict:** ", '{"score": ', "tie", "A"]).flatmap(
+        lambda start: st.one_of(TEXTS, st.integers().map(str), st.floats().map(str)).map(
+            lambda end: start + end
+        )
+    ),
+)
+
+
+@settings(max_examples=40)
+@given(said=VERDICTS, texts=st.lists(TEXTS, min_size=2, max_size=4), structured=st.booleans())
+def test_a_judge_on_any_text_that_says_anything(said: str, texts: list[str], structured: bool) -> None:
+    items = [JudgeItem(prompt=prompt("reference"), completion=answer(text)) for text in texts]
+    for mode in ("pointwise", "pairwise"):
+        judge = LlmJudge(JudgeConfig(base_url="http://judge/v1", model="m", mode=mode, structured=structured))
+        found = asyncio.run(judge.score_with(Talker(said), items))
+        for one in found:
+            assert (one.score is None) == (one.status != "ok")
+            assert one.score is None or (math.isfinite(one.score) and 0 <= one.score <= 1)
+        again = asyncio.run(judge.score_with(Talker(said), items[::-1]))
+        assert [one.score for one in found] == [one.score for one in again[::-1]]
+
+
+@pytest.fixture(scope="module")
+def sandbox() -> RewardFn:
+    return make_reward(SandboxReward(wall_s=30))
+
+
+@pytest.mark.parametrize("text", ["", *LONG, "😂\ud800\0"], ids=lambda text: repr(text[:6]))
+def test_a_sandbox_on_any_program(sandbox: RewardFn, text: str) -> None:
+    for wrapped in (text, f"```python\n{text}\n```"):
+        found = sandbox.score(prompt(["assert one() == 1"]), answer(wrapped))
+        check(found)
+        assert found.raw == 0
 
 
 @given(text=TEXTS)
