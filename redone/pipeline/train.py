@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Protocol
@@ -14,6 +14,7 @@ from redone.data.ledger import Ledger
 from redone.data.stream import PromptStream
 from redone.errors import RedoneError
 from redone.evaluate.runner import Evaluation, evaluate, read_evaluation, sampling_of
+from redone.pipeline.collapse import CollapseWatch
 from redone.pipeline.folder import DriverState, RunFolder
 from redone.pipeline.step import StepResult, rl_step
 from redone.reward.pool import RewardPool
@@ -51,10 +52,15 @@ class RlRun:
     stop_token_ids: tuple[int, ...]
     ledger: Ledger
     observer: Observer
+    label_tasks: Collection[str] = ()  # classification tasks: watched for collapse
     val_history: list[tuple[int, float]] = field(default_factory=list)
     best_step: int | None = None
     last_step: int = 0
     notes: list[str] = field(default_factory=list)
+    watch: CollapseWatch = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.watch = CollapseWatch(self.label_tasks, self.cfg.evaluate.collapse)
 
     def begin(self) -> Evaluation | None:
         """The parity gate, then the untrained model's evaluations: returns that of the test items."""
@@ -97,11 +103,25 @@ class RlRun:
             self._account(step, result)
             self.observer.step(step, {**result.metrics, **self._validate(step, last)})
             self.last_step = step
-            stop = self._stalled()
-            self._save(step, last=step == last or stop)
-            if stop:
+            stalled = self._stalled()
+            collapsed = self._collapsed(step, result.metrics)
+            self._save(step, last=step == last or stalled or collapsed)
+            if stalled:
                 self._note(f"early stop at step {step}: validation has not improved since {self.best_step}")
+            if stalled or collapsed:
                 break
+
+    def _collapsed(self, step: int, metrics: Mapping[str, float]) -> bool:
+        """Says it when a task's answers have become one; whether the run ends for it."""
+        wanted = self.cfg.evaluate.collapse
+        fallen = self.watch.step(metrics)
+        for task in fallen:
+            self._note(
+                f"step {step}: task {task} has collapsed: one answer took {wanted.share:.0%} or more of its "
+                f"rollouts for {wanted.steps} steps. Balance the batches (data.balance_key), lower "
+                "trainer.optim.lr, or raise algorithm.entropy_coeff"
+            )
+        return bool(fallen) and wanted.action == "stop"
 
     def _note(self, message: str) -> None:
         self.notes.append(message)
