@@ -94,8 +94,10 @@ def test_a_planted_item_in_an_answer_or_a_chinese_text_is_refused(tmp_path: Path
 
 def test_a_template_shared_by_all_evaluation_items_is_no_overlap(tmp_path: Path) -> None:
     template = "Please read the following post and name its topic in one single word:"
-    held_out = [f"{template} {text(900 + i)}" for i in range(40)]
-    found = build(tmp_path, [row(i, prompt=f"{template} {text(i)}") for i in range(10)], held_out=held_out)
+    # five words of their own: most n-grams of an item are the template's
+    held_out = [f"{template} {' '.join(text(900 + i).split()[:5])}" for i in range(40)]
+    rows = [row(i, prompt=f"{template} {' '.join(text(i).split()[:5])}") for i in range(10)]
+    found = build(tmp_path, rows, held_out=held_out, near_duplicate=None)
     assert len(found.rows) == 10
 
 
