@@ -165,7 +165,7 @@ def _report(folder: Path, sweep: Sweep, todo: Sequence[Point]) -> tuple[Path, Co
     from redone.scaling.measured import cells, read_run
     from redone.scaling.report import Findings, write
     from redone.scaling.sweep import state
-    from redone_launcher.run import versions
+    from redone_launcher.training import versions
 
     runs = [run for point in todo if (run := read_run(folder, sweep, point)) is not None]
     base = _config(sweep, todo[0])

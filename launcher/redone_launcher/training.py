@@ -19,7 +19,7 @@ from redone.data.ledger import Ledger
 from redone.data.prompts import load_prompts
 from redone.data.sft import Example, load_examples
 from redone.data.stream import PromptStream
-from redone.evaluate.runner import Evaluation
+from redone.evaluate.runner import Evaluation, label_sets
 from redone.pipeline.folder import DriverState, RunFolder
 from redone.pipeline.outcome import baseline_evaluations, summarise_run
 from redone.pipeline.sft import SftRun, plan_steps
@@ -134,6 +134,7 @@ def train_rl(
                 ledger=ledger,
                 observer=recorder,
                 stop_requested=session.stop,
+                label_tasks=tuple(label_sets(inputs.train)),
             )
             before = run.begin() if state is None else run.go_on(state)
             baselines: dict[str, Evaluation] = {}

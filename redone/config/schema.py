@@ -25,10 +25,12 @@ from redone.config.rewards import (
     SandboxReward,
 )
 from redone.config.section import Section
+from redone.config.watch import CollapseConfig
 
 __all__ = [
     "AnswerReward",
     "Check",
+    "CollapseConfig",
     "CustomReward",
     "ExactReward",
     "JudgeConfig",
@@ -356,6 +358,7 @@ class EvaluateConfig(Section):
         True, description="Keep and finally use the checkpoint with the best validation score."
     )
     early_stop: EarlyStop = EarlyStop()
+    collapse: CollapseConfig = CollapseConfig()
     baselines: tuple[Literal["constant", "label_logprob"], ...] = Field(
         (), description="Baselines of the untrained model on the test files (classification tasks)."
     )

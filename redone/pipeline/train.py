@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Protocol
@@ -14,6 +14,7 @@ from redone.data.ledger import Ledger
 from redone.data.stream import PromptStream
 from redone.errors import RedoneError, Stopped
 from redone.evaluate.runner import Evaluation, evaluate, read_evaluation, sampling_of
+from redone.pipeline.collapse import CollapseWatch
 from redone.pipeline.folder import DriverState, RunFolder
 from redone.pipeline.replay import save_step
 from redone.pipeline.step import Keep, StepResult, rl_step
@@ -53,10 +54,15 @@ class RlRun:
     ledger: Ledger
     observer: Observer
     stop_requested: Callable[[], bool] = lambda: False  # asked between steps: a time limit, a user
+    label_tasks: Collection[str] = ()  # classification tasks: watched for collapse
     val_history: list[tuple[int, float]] = field(default_factory=list)
     best_step: int | None = None
     last_step: int = 0
     notes: list[str] = field(default_factory=list)
+    watch: CollapseWatch = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.watch = CollapseWatch(self.label_tasks, self.cfg.evaluate.collapse)
 
     def begin(self) -> Evaluation | None:
         """The parity gate, then the untrained model's evaluations: returns that of the test items."""
@@ -105,11 +111,13 @@ class RlRun:
             self._account(step, result)
             self.observer.step(step, {**result.metrics, **self._validate(step, last)})
             self.last_step = step
-            stop = self._stalled()
-            at_end = self.cfg.checkpoint.at_end and (step == last or stop)
+            stalled = self._stalled()
+            collapsed = self._collapsed(step, result.metrics)
+            at_end = self.cfg.checkpoint.at_end and (step == last or stalled or collapsed)
             self._save(step, last=at_end)
-            if stop:
+            if stalled:
                 self._note(f"early stop at step {step}: validation has not improved since {self.best_step}")
+            if stalled or collapsed:
                 break
 
     def _keeper(self, step: int) -> Keep | None:
@@ -125,6 +133,18 @@ class RlRun:
             f"stopped as requested after step {self.last_step}; "
             f"redone run --resume {self.folder.path} goes on"
         )
+
+    def _collapsed(self, step: int, metrics: Mapping[str, float]) -> bool:
+        """Says it when a task's answers have become one; whether the run ends for it."""
+        wanted = self.cfg.evaluate.collapse
+        fallen = self.watch.step(metrics)
+        for task in fallen:
+            self._note(
+                f"step {step}: task {task} has collapsed: one answer took {wanted.share:.0%} or more of its "
+                f"rollouts for {wanted.steps} steps. Balance the batches (data.balance_key), lower "
+                "trainer.optim.lr, or raise algorithm.entropy_coeff"
+            )
+        return bool(fallen) and wanted.action == "stop"
 
     def _note(self, message: str) -> None:
         self.notes.append(message)

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from redone.config.pipeline import HardSetNode, SftSetNode, SoftLabelNode
-from redone.errors import DataError
+from redone.config.pipeline import HardSetNode, LlmJudge, SftSetNode, SoftLabelNode
+from redone.errors import DataError, RedoneError
 from redone.pipeline.hard_set import choose_hard, write_hard_set
 from redone.pipeline.rows import known_rows
 from redone.pipeline.sft_set import SftSet, build_sft_set
-from redone.pipeline.soft_labels import choose, verifier_scores, write_labels
+from redone.pipeline.soft_labels import choose, judge_scores, verifier_scores, write_labels
 
+from ..reward.judging import endpoint
 from .making import answers, config, prompt, sample, write_jsonl
 
 WORDS = [
@@ -91,8 +94,10 @@ def test_a_planted_item_in_an_answer_or_a_chinese_text_is_refused(tmp_path: Path
 
 def test_a_template_shared_by_all_evaluation_items_is_no_overlap(tmp_path: Path) -> None:
     template = "Please read the following post and name its topic in one single word:"
-    held_out = [f"{template} {text(900 + i)}" for i in range(40)]
-    found = build(tmp_path, [row(i, prompt=f"{template} {text(i)}") for i in range(10)], held_out=held_out)
+    # five words of their own: most n-grams of an item are the template's
+    held_out = [f"{template} {' '.join(text(900 + i).split()[:5])}" for i in range(40)]
+    rows = [row(i, prompt=f"{template} {' '.join(text(i).split()[:5])}") for i in range(10)]
+    found = build(tmp_path, rows, held_out=held_out, near_duplicate=None)
     assert len(found.rows) == 10
 
 
@@ -183,3 +188,48 @@ def test_hard_rows_keep_their_columns_and_the_rationale_share(tmp_path: Path) ->
     with pytest.raises(DataError, match="none of 2 prompts has a mean score between"):
         write_hard_set([answers("a", (0.0,)), answers("b", (1.0,))], [file],
                        node.model_copy(update={"min_rows": 0}), cfg, 0, tmp_path)  # fmt: skip
+
+
+def judge(url: str, **changes: Any) -> LlmJudge:
+    return LlmJudge(base_url=url, model="j", retries=1, backoff_s=0.01, parse_retries=0, **changes)
+
+
+def test_a_model_judges_and_finished_verdicts_are_kept(tmp_path: Path) -> None:
+    """A scripted endpoint; the judge against vLLM's own server is tests/engines/test_judge.py."""
+    prompts = [prompt(name, reference="as long") for name in ("p0", "p1")]  # the length guard looks at it
+    found = [answers("p0", (0.0, 0.5)), answers("p1", (0.0, 0.5))]
+    cache = tmp_path / "verdicts.jsonl"
+
+    def rate(body: dict[str, Any]) -> str:
+        return "Score: 9" if "w0.5" in json.dumps(body) else "Score: 2"
+
+    with endpoint(rate) as server:
+        scores, counts = judge_scores(prompts, found, judge(server.url), cache)
+        assert len(server.requests) == 4
+        again, _ = judge_scores(prompts, found, judge(server.url), cache)
+        assert len(server.requests) == 4 and again == scores
+    assert counts["ok"] == 4
+    assert all(row[1] > row[0] for row in scores)  # type: ignore[operator]
+    manifest = write_labels(prompts, found, scores, labels(), tmp_path / "rows.jsonl")
+    assert manifest["labels"] == 2 and '"w0.5"' in (tmp_path / "rows.jsonl").read_text()
+
+
+def test_a_judge_that_goes_down_keeps_what_it_had_said(tmp_path: Path) -> None:
+    prompts, found = [prompt("p0"), prompt("p1")], [answers("p0", (0.0,)), answers("p1", (1.0,))]
+    cache = tmp_path / "verdicts.jsonl"
+    said = iter(["Score: 5"])
+    with endpoint(lambda body: next(said, 503)) as server:
+        with pytest.raises(RedoneError, match=r"127\.0\.0\.1"):
+            judge_scores(prompts, found, judge(server.url, concurrency=1), cache)
+        url = server.url
+    assert len(cache.read_text().splitlines()) == 1
+    with pytest.raises(RedoneError, match=re.escape(url.removesuffix("/v1"))):
+        judge_scores(prompts, found, judge(url), cache)  # nobody listens
+
+
+def test_a_judge_without_verdicts_stops(tmp_path: Path) -> None:
+    with (
+        endpoint(lambda body: "hm") as server,
+        pytest.raises(RedoneError, match="1 of 1 answers got no verdict"),
+    ):
+        judge_scores([prompt("p0")], [answers("p0", (0.0,))], judge(server.url), tmp_path / "v.jsonl")
