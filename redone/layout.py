@@ -186,3 +186,19 @@ def _divisors(n: int, limit: int = 8) -> str:
     """ "1, 2, 4, ..." of n, at most `limit` of them."""
     found = [d for d in range(1, n + 1) if n % d == 0]
     return ", ".join(map(str, found[:limit])) + (", ..." if len(found) > limit else "")
+
+
+def token_costs(model: ModelShape) -> tuple[float, float]:
+    """(row, pair) for data.balance.Cost: what a projected token and a query-key pair cost.
+
+    In units of one token's matrix products in all layers; a pair costs 4 heads x head_dim FLOP per layer
+    forward (and 7/6 more in proportion backward, as flash kernels recompute the scores).
+    """
+    attention = model.hidden * model.head_dim * (2 * model.heads + 2 * model.kv_heads)
+    if model.num_experts:
+        mlp = 3 * model.hidden * model.moe_ffn * model.experts_per_token + model.hidden * model.num_experts
+    else:
+        mlp = 3 * model.hidden * model.ffn
+    linear = 2 * model.num_layers * (attention + mlp)
+    pair = 4 * model.num_layers * model.heads * model.head_dim * 7 / 6
+    return 2 * model.vocab * model.hidden / linear, pair / linear
