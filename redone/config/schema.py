@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from redone.config.parallel import MoeConfig, ParallelConfig
 from redone.config.rewards import (
     AnswerReward,
     Check,
@@ -29,6 +30,8 @@ __all__ = [
     "CustomReward",
     "ExactReward",
     "MetricReward",
+    "MoeConfig",
+    "ParallelConfig",
     "PatternReward",
     "RewardBase",
     "RewardConfig",
@@ -219,13 +222,6 @@ class RolloutConfig(Section):
     )
 
 
-class ParallelConfig(Section):
-    tensor: int = Field(1, ge=1, description="Tensor parallel size (sequence parallel with it).")
-    pipeline: int = Field(1, ge=1, description="Pipeline parallel size.")
-    expert: int = Field(1, ge=1, description="Expert parallel size.")
-    expert_tensor: int = Field(1, ge=1, description="Tensor parallel size inside experts.")
-
-
 class OptimConfig(Section):
     lr: float = Field(1e-6, gt=0, description="Peak learning rate.")
     min_lr: float = Field(0.0, ge=0, description="Final rate of a decaying schedule.")
@@ -256,10 +252,18 @@ class HeadConfig(Section):
 
 class TrainerConfig(Section):
     parallel: ParallelConfig = ParallelConfig()
+    moe: MoeConfig = MoeConfig()
     optim: OptimConfig = OptimConfig()
     max_token_len_per_rank: int = Field(16384, ge=1, description="Token budget of one micro-batch.")
-    recompute: Literal["none", "full"] = Field("none", description="Activation recomputation.")
+    recompute: Literal["none", "selective", "full"] = Field(
+        "none", description="Activation recomputation: nothing, the attention core, or whole layers."
+    )
     prefix_sharing: bool = Field(True, description="Compute each prompt once for its whole group.")
+    self_check: bool = Field(
+        True,
+        description="With prefix_sharing: run one micro-batch both ways before the first update; a difference"
+        " stops the run.",
+    )
     head: HeadConfig = HeadConfig()
     num_threads: int = Field(1, ge=1, description="CPU threads per rank.")
     timeout_s: float = Field(
@@ -342,6 +346,9 @@ class RecordConfig(Section):
 class CheckpointConfig(Section):
     every: int = Field(0, ge=0, description="Save every n steps; 0: only at the end.")
     keep: int = Field(2, ge=1, description="Checkpoints kept (the best one apart).")
+    asynchronous: bool = Field(
+        False, description="Copy the states, write them in a thread; the next save or the end waits for it."
+    )
     export_hf: bool = Field(True, description="Write a Hugging Face folder at the end.")
 
 

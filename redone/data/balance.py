@@ -19,6 +19,7 @@ SHARING_PAYS = 1.1  # predicted cost without / with sharing from which a group s
 EVEN = 1.01  # max / mean cost of the micro-batches that run together, below which nothing is moved
 GAIN = 0.005  # share of the mean cost that a move must save
 MOVES = 4  # tries to even out a slot, per rank
+COMPLETED = 5000  # units up to which bins are completed one by one (quadratic time)
 FIRST = (0,)
 
 
@@ -161,8 +162,11 @@ class Filling:
             heapq.heapreplace(heap, (tokens + size, i))
         return True
 
-    def squeeze(self, order: Sequence[int]) -> bool:
-        """Largest unit first into the fullest bin with room; a unit without one is split over several."""
+    def squeeze(self, order: Sequence[int], step: int) -> None:
+        """Largest unit first into the fullest bin with room; a unit without one is split over several.
+
+        Opens `step` more bins whenever nothing fits.
+        """
         free = [(self.cap, i) for i in range(len(self.bins))]  # ascending
         queue = [(-self.units.tokens[u], u, tuple(range(len(self.units.samples[u])))) for u in order]
         heapq.heapify(queue)
@@ -172,16 +176,36 @@ class Filling:
             rest: tuple[int, ...] = ()
             if at == len(free):
                 at -= 1
-                positions, rest = self._share(u, positions, free[at][0])
-                if not positions:
-                    return False
+                some, rest = self._share(u, positions, free[at][0])
+                if some:
+                    positions = some
+                else:
+                    free += [(self.cap, len(self.bins) + k) for k in range(step)]
+                    self.bins += [Bin() for _ in range(step)]
+                    heapq.heappush(queue, (negative, u, positions))
+                    continue
             room, i = free.pop(at)
             before = self.bins[i].tokens
             self.put(self.bins[i], u, positions)
             insort(free, (room - (self.bins[i].tokens - before), i))
             if rest:
                 heapq.heappush(queue, (-self.units.prompt[u] - self._work(u, rest)[0], u, rest))
-        return True
+
+    def complete(self, order: Sequence[int]) -> bool:
+        """One bin after the other: the largest unit left, then the largest that fit, and for the last places
+        the pair that fills best. False when units are left over."""
+        left = [(self.units.tokens[u], u) for u in reversed(order)]  # ascending
+        for b in self.bins:
+            room = self.cap
+            while left and left[0][0] <= room:
+                at = bisect_left(left, (room + 1, -1)) - 1
+                if room < self.cap and room < 3 * left[0][0] and (pair := _best_pair(left, room)) is not None:
+                    if left[pair[0]][0] + left[pair[1]][0] > left[at][0]:
+                        at = pair[1]
+                size, u = left.pop(at)
+                self.put_whole(b, u)
+                room -= size
+        return not left
 
     def _share(self, u: int, positions: tuple[int, ...], room: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """(those that fit into `room` beside the prompt, longest first, the others)."""
@@ -240,28 +264,32 @@ class Filling:
         return tuple(chosen)
 
 
+def _best_pair(left: Sequence[tuple[int, int]], room: int) -> tuple[int, int] | None:
+    """Indices i < j of the ascending sizes whose sum is largest within `room`."""
+    i, j, best, found = 0, bisect_left(left, (room + 1, -1)) - 1, 0, None
+    while i < j:
+        total = left[i][0] + left[j][0]
+        if total > room:
+            j -= 1
+            continue
+        if total > best:
+            best, found = total, (i, j)
+        i += 1
+    return found
+
+
 def fill(units: Units, dp: int, cap: int, cost: Cost) -> list[list[Bin]]:
     """slots[m][d]: bins of at most `cap` tokens, the fewest slots that the search finds.
 
     Bins of a slot have nearly equal cost, and so have the ranks' totals. Every unit must fit a bin by one
     sample at least: prompt + longest response <= cap.
     """
-    sizes = units.tokens
-    order = sorted(range(len(sizes)), key=lambda u: (-sizes[u], u))
-    slots = max(1, -(-sum(sizes) // (cap * dp)))
-    while True:
-        filling = Filling(units, slots * dp, cap, cost)
-        if filling.spread(order):
-            break
-        filling = Filling(units, slots * dp, cap, cost)
-        if filling.squeeze(order):
-            break
-        slots += 1
+    filling = _fewest_bins(units, dp, cap, cost)
     bins = sorted(filling.bins, key=lambda b: -b.cost)
     totals = [0.0] * dp
     result = []
-    for m in range(slots):
-        slot = bins[m * dp : (m + 1) * dp]
+    for m in range(0, len(bins), dp):
+        slot = bins[m : m + dp]
         filling.even_out(slot)
         slot.sort(key=lambda b: -b.cost)
         placed: list[Bin] = [slot[0]] * dp
@@ -270,3 +298,21 @@ def fill(units: Units, dp: int, cap: int, cost: Cost) -> list[list[Bin]]:
             totals[d] += b.cost
         result.append(placed)
     return result
+
+
+def _fewest_bins(units: Units, dp: int, cap: int, cost: Cost) -> Filling:
+    """A multiple of dp bins that hold all units; evenly filled ones where that takes no more."""
+    sizes = units.tokens
+    order = sorted(range(len(sizes)), key=lambda u: (-sizes[u], u))
+    slots = max(1, -(-sum(sizes) // (cap * dp)))
+    if (even := Filling(units, slots * dp, cap, cost)).spread(order):
+        return even
+    tight = Filling(units, slots * dp, cap, cost)
+    tight.squeeze(order, dp)
+    if len(tight.bins) > slots * dp and len(units.group) <= COMPLETED:
+        completed = Filling(units, slots * dp, cap, cost)
+        if completed.complete(order):
+            return completed
+    if (even := Filling(units, len(tight.bins), cap, cost)).spread(order):
+        return even
+    return tight

@@ -5,6 +5,7 @@ The unit is a piece: samples of one group that share a copy of their prompt; it 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ from redone.types import (
     IntArray,
     Microbatch,
     Piece,
+    RouteArray,
     Segment,
     Shard,
     StepPlan,
@@ -118,7 +120,30 @@ def pack(batch: Batch, pieces: Sequence[Piece], pad_multiple: int) -> Microbatch
         old_logprobs=_optional(trajectories, lambda t: t.old_logprobs),
         ref_logprobs=_optional(trajectories, lambda t: t.ref_logprobs),
         pieces=tuple(pieces),
+        routes=_routes(samples, padding),
     )
+
+
+def _routes(samples: Sequence[tuple[TrainGroup, Piece]], padding: int) -> RouteArray | None:
+    """[T, L, K] choices of the row's tokens; None when no group carries any. Some with and some without is a
+    bug upstream."""
+    parts: list[RouteArray | None] = []
+    for group, piece in samples:
+        parts.append(group.prompt_routes)
+        parts += [group.trajectories[i].routes for i in piece.samples]
+    present = [p for p in parts if p is not None]
+    if not present:
+        return None
+    if len(present) != len(parts):
+        raise TrainerError(f"{len(parts) - len(present)} of {len(parts)} prompts and responses lack routes")
+    layers, choices = present[0].shape[1:]
+    filler = np.broadcast_to(np.arange(choices, dtype=np.int16), (padding, layers, choices))
+    return np.concatenate([*present, filler])
+
+
+def empty_microbatch(tokens: int) -> Microbatch:
+    """A row of `tokens` padding tokens."""
+    return pack(Batch(groups=(), num_loss_tokens=0, num_sequences=0), (), tokens)
 
 
 def _append_piece(
@@ -190,6 +215,30 @@ def scatter_rows(
                     f"rank {d} returned {len(values)} rows for micro-batch {m}; the plan has {at}"
                 )
     return [[_placed(v) for v in group] for group in result]
+
+
+def scatter_routes(batch: Batch, plan: StepPlan, routes: Sequence[Sequence[RouteArray]]) -> Batch:
+    """routes[d][m]: [T, L, K] of micro-batch m on rank d -> the batch with every token's choices.
+
+    Where a group was split, its prompt's routes are those of the first piece.
+    """
+    groups = list(batch.groups)
+    for m, slot in enumerate(plan.slots):
+        for d, pieces in enumerate(slot):
+            at = 0
+            for piece in pieces:
+                group = groups[piece.group]
+                trajectories = list(group.trajectories)
+                end = at + len(group.prompt_ids)
+                prompt = routes[d][m][at:end] if group.prompt_routes is None else group.prompt_routes
+                for i in piece.samples:
+                    at, end = end, end + len(trajectories[i].token_ids)
+                    trajectories[i] = dataclasses.replace(trajectories[i], routes=routes[d][m][at:end])
+                at = end
+                groups[piece.group] = dataclasses.replace(
+                    group, prompt_routes=prompt, trajectories=tuple(trajectories)
+                )
+    return dataclasses.replace(batch, groups=tuple(groups))
 
 
 def _placed(value: FloatArray | None) -> FloatArray:

@@ -23,7 +23,7 @@ from redone.errors import ModelError, RedoneError, TrainerError
 from redone.trainer import build_trainer
 from redone.types import Batch, Shard
 
-Layout = tuple[int, int, int, int]  # tensor, pipeline, expert, expert tensor
+Layout = tuple[int, ...]  # tensor, pipeline, expert, expert tensor, and virtual pipeline where it is not 1
 FOLDER = Path()
 
 
@@ -36,8 +36,8 @@ def model_folder(kind: str) -> Path:
 
 
 def make_config(path: str | Path, layout: Layout, **options: Any) -> Config:
-    """options: dtype, head, chunk, recompute, kl, budget, sharing, entropy."""
-    tensor, pipeline, expert, expert_tensor = layout
+    """options: dtype, head, chunk, recompute, kl, budget, sharing, entropy, moe, self_check, asynchronous."""
+    tensor, pipeline, expert, expert_tensor, virtual = (*layout, 1)[:5]
     return Config.model_validate(
         {
             "model": {"path": str(path), "dtype": options.get("dtype", "float32")},
@@ -57,7 +57,10 @@ def make_config(path: str | Path, layout: Layout, **options: Any) -> Config:
                     "pipeline": pipeline,
                     "expert": expert,
                     "expert_tensor": expert_tensor,
+                    "virtual_pipeline": virtual,
                 },
+                "moe": options.get("moe", {}),
+                "self_check": options.get("self_check", True),
                 "optim": {
                     "lr": reference.LR,
                     "lr_warmup_steps": reference.WARMUP,
@@ -72,6 +75,7 @@ def make_config(path: str | Path, layout: Layout, **options: Any) -> Config:
                 "head": {"backend": options.get("head", "chunked"), "chunk_tokens": options.get("chunk", 7)},
                 "timeout_s": 120.0,
             },
+            "checkpoint": {"asynchronous": options.get("asynchronous", False)},
             "cluster": {"gpus_per_node": dist.get_world_size()},
         }
     )
@@ -122,7 +126,8 @@ def full_gradients(trainer: Any) -> dict[str, torch.Tensor]:
     """
     from megatron.core.distributed.param_and_grad_buffer import shard_buffer
 
-    for group in trainer.model.bucket_groups + trainer.model.expert_parallel_bucket_groups:
+    groups = [g for m in trainer.models for g in (*m.bucket_groups, *m.expert_parallel_bucket_groups)]
+    for group in groups:
         data_parallel = group.intra_distributed_optimizer_instance_group
         for bucket in group.buckets:
             shards = shard_buffer(bucket.grad_data, data_parallel.size())
@@ -161,9 +166,9 @@ def gradients(kind: str, layout: Layout, **options: Any) -> dict[str, Any]:
 
     data = load_reference(kind)
     trainer = make_trainer(model_folder(kind), layout, **options)
-    optim.zero_grad(trainer.model, trainer.optimizer)
+    optim.zero_grad(trainer.models, trainer.optimizer)
     plan, shard = shard_of(trainer, data["batches"][0])
-    totals = forward_backward(trainer.model, shard, trainer.cfg.algorithm, 1.0)
+    totals = forward_backward(trainer.models, shard, trainer.cfg.algorithm, 1.0)
     ours = full_gradients(trainer)
     result: dict[str, Any] = {"loss": abs(totals.loss - data["loss"]), "microbatches": plan.num_microbatches}
     result["clipfrac"] = totals.metrics()["actor/pg_clipfrac"]
@@ -182,8 +187,8 @@ def entropy_gradient(kind: str, layout: Layout) -> float:
     data, found = load_reference(kind), []
     for head in ("reference", "chunked"):
         trainer = make_trainer(model_folder(kind), layout, head=head, entropy=0.1)
-        optim.zero_grad(trainer.model, trainer.optimizer)
-        forward_backward(trainer.model, shard_of(trainer, data["batches"][0])[1], trainer.cfg.algorithm, 0.7)
+        optim.zero_grad(trainer.models, trainer.optimizer)
+        forward_backward(trainer.models, shard_of(trainer, data["batches"][0])[1], trainer.cfg.algorithm, 0.7)
         found.append(full_gradients(trainer))
         trainer.close()
     return relative_errors(found[1], found[0])["worst"] if dist.get_rank() == 0 else 0.0
@@ -251,14 +256,21 @@ def publish(kind: str, layout: Layout) -> dict[str, Any]:
     return result
 
 
-def checkpoint(kind: str, save_layout: Layout, load_layout: Layout, steps: int = 2) -> dict[str, Any]:
-    """`steps` steps, save, load in a fresh trainer, the rest: against the uninterrupted Hugging Face run."""
+def checkpoint(
+    kind: str, save_layout: Layout, load_layout: Layout, steps: int = 2, **options: Any
+) -> dict[str, Any]:
+    """`steps` steps, save, load in a fresh trainer, the rest: against the uninterrupted Hugging Face run.
+
+    An asynchronous save is followed by one more step, which must not reach the checkpoint.
+    """
     data = load_reference(kind)
-    path = str(FOLDER / f"checkpoint-{'-'.join(map(str, (*save_layout, *load_layout)))}")
-    trainer = make_trainer(model_folder(kind), save_layout)
+    path = str(FOLDER / f"checkpoint-{'-'.join(map(str, (*save_layout, *load_layout)))}-{len(options)}")
+    trainer = make_trainer(model_folder(kind), save_layout, **options)
     for batch in data["batches"][:steps]:
         trainer.update(shard_of(trainer, batch)[1], trainer.cfg.algorithm)
     trainer.save(path)
+    if options:
+        trainer.update(shard_of(trainer, data["batches"][0])[1], trainer.cfg.algorithm)
     trainer.close()
     trainer = make_trainer(model_folder(kind), load_layout)
     trainer.load(path)
@@ -300,7 +312,7 @@ def bf16(kind: str, layout: Layout) -> dict[str, Any]:
         trainer.update(shard_of(trainer, b)[1], trainer.cfg.algorithm).grad_norm for b in data["batches"]
     ]
     result["norms"] = norms
-    result["dtype"] = sorted({str(p.dtype) for p in trainer.module.parameters()})
+    result["dtype"] = sorted({str(p.dtype) for m in trainer.modules for p in m.parameters()})
     trainer.close()
     return result
 
@@ -382,10 +394,13 @@ def main() -> None:
     dist.init_process_group(
         "gloo", init_method=f"tcp://127.0.0.1:{job['port']}", rank=rank, world_size=job["world"]
     )
+    sys.modules["worker"] = sys.modules["__main__"]
+    import more
+
     results = {}
     for name, function, arguments in job["cases"]:
         start = time.monotonic()
-        results[name] = globals()[function](**arguments)
+        results[name] = (globals().get(function) or getattr(more, function))(**arguments)
         dist.barrier()
         sys.stdout.write(f"{time.monotonic() - start:6.2f} s  {name}\n")
         sys.stdout.flush()

@@ -70,6 +70,9 @@ class PackedRow(PackedSeqParams):
     targets: Tensor | None = None  # [N] int64
     temperature: float = 1.0
     entropy: str = "none"  # "none" | "value" | "grad"
+    token_weight: Tensor | None = None  # [T] fp32, multiplicity in the unshared batch
+    routes: Tensor | None = None  # [T, L, K] int16, expert choices to repeat
+    record: bool = False  # keep the router's choices
 
 
 def make_plan(segments: Sequence[Segment], device: torch.device) -> AttentionPlan:

@@ -15,16 +15,18 @@ from torch import Tensor
 
 from redone.algo.loss import LossInputs, policy_loss
 from redone.config.schema import AlgorithmConfig
+from redone.data.pack import empty_microbatch
 from redone.errors import TrainerError
 from redone.trainer.megatron.attention import PackedRow, make_plan
 from redone.trainer.megatron.device import device
 from redone.types import FloatArray, Microbatch, Shard
 
 Output = tuple[Tensor, Tensor]  # the last stage's (logprobs [N], entropy [N] or [0])
+COMPUTED, UNSHARED = "prefix/computed_tokens", "prefix/unshared_tokens"
 LossFunction = Callable[[Microbatch, Output], tuple[Tensor, Any]]
 
 
-def pack_row(microbatch: Microbatch, temperature: float, entropy: str) -> PackedRow:
+def pack_row(microbatch: Microbatch, temperature: float, entropy: str, record: bool = False) -> PackedRow:
     """The micro-batch as the model reads it, on the device."""
     where = device()
     max_length = int(microbatch.positions.max()) + 1
@@ -42,48 +44,71 @@ def pack_row(microbatch: Microbatch, temperature: float, entropy: str) -> Packed
         targets=index(microbatch.targets),
         temperature=temperature,
         entropy=entropy,
+        token_weight=torch.from_numpy(microbatch.token_weight).to(where),
+        routes=None if microbatch.routes is None else torch.from_numpy(microbatch.routes).to(where),
+        record=record,
     )
 
 
 def run(
-    model: torch.nn.Module,
+    models: Sequence[torch.nn.Module],
     microbatches: Sequence[Microbatch],
     loss: LossFunction,
     *,
     temperature: float,
     entropy: str,
     train: bool,
+    after: Callable[[torch.nn.Module], None] | None = None,
 ) -> list[Any]:
-    """Drive the schedule; the second value of `loss` per micro-batch, on the last pipeline stage."""
-    model.train(train)
+    """Drive the schedule; the second value of `loss` per micro-batch, on the last pipeline stage.
+
+    `after` sees the packed row and the chunk after each forward. The interleaved schedule wants a multiple of
+    the pipeline size: it gets rows of padding, whose results are dropped.
+    """
+    for model in models:
+        model.train(train)
+    wanted = len(microbatches)
+    if len(models) > 1:
+        padding = -wanted % parallel_state.get_pipeline_model_parallel_world_size()
+        filler = empty_microbatch(parallel_state.get_tensor_model_parallel_world_size())
+        microbatches = [*microbatches, *[filler] * padding]
 
     def forward_step(iterator: Iterator[Microbatch], module: torch.nn.Module) -> tuple[Any, Any]:
         microbatch = next(iterator)
-        row = pack_row(microbatch, temperature, entropy)
+        row = pack_row(microbatch, temperature, entropy, record=after is not None)
         ids = torch.from_numpy(microbatch.token_ids).to(device(), torch.int64)[None]
         output = module(ids, row.positions[None], None, packed_seq_params=row)  # type: ignore[index]
+        if after is not None:
+            after(module)
         return output, lambda out: loss(microbatch, out)
 
     with torch.set_grad_enabled(train):
         results: list[Any] = get_forward_backward_func()(
             forward_step_func=forward_step,
-            data_iterator=iter(microbatches),
-            model=[model],
+            data_iterator=[iter(microbatches) for _ in models],
+            model=list(models),
             num_microbatches=len(microbatches),
             seq_length=1,  # unused: variable_seq_lengths sends the real length with every tensor
             micro_batch_size=1,
             forward_only=not train,
         )
-    return results
+    return results[:wanted]
 
 
-def forward_logprobs(model: torch.nn.Module, shard: Shard, temperature: float) -> list[FloatArray] | None:
+def forward_logprobs(
+    models: Sequence[torch.nn.Module],
+    shard: Shard,
+    temperature: float,
+    after: Callable[[torch.nn.Module], None] | None = None,
+) -> list[FloatArray] | None:
     """One [N] fp32 array per micro-batch on the last stage's tensor rank 0; None on the other ranks."""
 
     def keep(microbatch: Microbatch, output: Output) -> tuple[Tensor, FloatArray]:
         return output[0].sum(), output[0].detach().cpu().numpy()
 
-    results = run(model, shard.microbatches, keep, temperature=temperature, entropy="none", train=False)
+    results = run(
+        models, shard.microbatches, keep, temperature=temperature, entropy="none", train=False, after=after
+    )
     return results if holds_output() else None
 
 
@@ -108,11 +133,19 @@ class Totals:
             self.maxima[key] = max(self.maxima.get(key, -math.inf), value)
 
     def metrics(self) -> dict[str, float]:
-        return {**self.sums, **self.maxima}
+        found = {**self.sums, **self.maxima}
+        computed, unshared = found.pop(COMPUTED, 0.0), found.pop(UNSHARED, 0.0)
+        return {**found, "prefix/token_ratio": unshared / computed} if computed else found
+
+
+def token_sums(microbatch: Microbatch) -> dict[str, float]:
+    """Tokens that are computed, and that the unshared batch would have."""
+    weight = microbatch.token_weight
+    return {COMPUTED: float((weight > 0).sum()), UNSHARED: float(weight.sum())}
 
 
 def forward_backward(
-    model: torch.nn.Module, shard: Shard, algorithm: AlgorithmConfig, temperature: float
+    models: Sequence[torch.nn.Module], shard: Shard, algorithm: AlgorithmConfig, temperature: float
 ) -> Totals:
     """Accumulate the gradients of the whole step's loss; the totals are the same on every rank.
 
@@ -120,10 +153,14 @@ def forward_backward(
     """
     # Megatron divides each loss by the number of micro-batches and averages gradients over data-parallel
     # ranks, while policy_loss already is a share of the step's loss.
-    scale = len(shard.microbatches) * parallel_state.get_data_parallel_world_size()
+    count = len(shard.microbatches)
+    if len(models) > 1:
+        count += -count % parallel_state.get_pipeline_model_parallel_world_size()
+    scale = count * parallel_state.get_data_parallel_world_size()
 
     def loss(microbatch: Microbatch, output: Output) -> tuple[Tensor, Totals]:
         total = Totals()
+        total.add(0.0, token_sums(microbatch), {})
         if not len(microbatch.rows):
             return output[0].sum() * 0.0, total
         result = policy_loss(
@@ -134,7 +171,7 @@ def forward_backward(
 
     entropy = "grad" if algorithm.entropy_coeff > 0 else "value"
     parts: list[Totals] = run(
-        model, shard.microbatches, loss, temperature=temperature, entropy=entropy, train=True
+        models, shard.microbatches, loss, temperature=temperature, entropy=entropy, train=True
     )
     totals = _join_ranks(parts if holds_output() else [])
     if not math.isfinite(totals.loss):
