@@ -45,6 +45,16 @@ class Sizes:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Llama3Rope:
+    """rope_type "llama3": long wavelengths are divided by `factor`, middle ones by a mixture."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_positions: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelShape:
     """What the layout, the name table and the planner need to know of a model."""
 
@@ -65,6 +75,7 @@ class ModelShape:
     experts_per_token: int = 0
     moe_ffn: int = 0
     norm_topk_prob: bool = True
+    rope_scaling: Llama3Rope | None = None
 
     @staticmethod
     def from_hf(config: Mapping[str, Any]) -> ModelShape:
@@ -95,15 +106,27 @@ class ModelShape:
             experts_per_token=int(config["num_experts_per_tok"]) if moe else 0,
             moe_ffn=int(config["moe_intermediate_size"]) if moe else 0,
             norm_topk_prob=bool(config.get("norm_topk_prob", False)) if moe else True,
+            rope_scaling=_rope_scaling(config),
         )
+
+
+def _rope_scaling(config: Mapping[str, Any]) -> Llama3Rope | None:
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return None
+    if kind != "llama3":
+        raise ValueError(f"rope_type={kind!r} is not supported; only default and llama3 are")
+    return Llama3Rope(
+        factor=float(rope["factor"]),
+        low_freq_factor=float(rope["low_freq_factor"]),
+        high_freq_factor=float(rope["high_freq_factor"]),
+        original_max_positions=int(rope["original_max_position_embeddings"]),
+    )
 
 
 def _refuse_unsupported(config: Mapping[str, Any]) -> None:
     """Options of the three families that would silently change the computation."""
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default":
-        raise ValueError(f"rope_type={kind!r} is not supported; only the default rotary embedding is")
     if config.get("use_sliding_window") or set(config.get("layer_types") or ()) - {"full_attention"}:
         raise ValueError("sliding-window attention is not supported")
     for key in ("attention_bias", "mlp_bias"):
@@ -161,7 +184,7 @@ def describe(sizes: ParallelSizes) -> str:
 
 
 def nearest_layout(sizes: ParallelSizes, world_size: int, model: ModelShape) -> Sizes | None:
-    """The legal layout on as many ranks that takes the fewest doublings; None when there is none."""
+    """The legal layout on as many ranks that takes the fewest doublings (those that keep tensor first)."""
     best: tuple[float, int, Sizes] | None = None
     wanted = [getattr(sizes, name) for name in NAMES]
     options = [_divisors_of(world_size) for _ in range(2)]
@@ -176,8 +199,9 @@ def nearest_layout(sizes: ParallelSizes, world_size: int, model: ModelShape) -> 
             )
             values = [getattr(found, name) for name in NAMES]
             away = sum(abs(math.log2(a / b)) for a, b in zip(values, wanted, strict=True))
-            if (best is None or (away, tensor) < best[:2]) and not violations(found, world_size, model):
-                best = (away, tensor, found)
+            key = (away, abs(tensor - sizes.tensor))
+            if (best is None or key < best[:2]) and not violations(found, world_size, model):
+                best = (*key, found)
     return best[2] if best else None
 
 
@@ -202,8 +226,8 @@ def _check_chunks(sizes: ParallelSizes, model: ModelShape) -> list[str]:
     errors = []
     if sizes.context != 1:
         errors.append(
-            f"trainer.parallel.context={sizes.context} is not supported: packed rows in which responses attend"
-            " to a shared prompt are not cut over ranks; set it to 1 and use trainer.parallel.tensor or"
+            f"trainer.parallel.context={sizes.context} is not supported: packed rows where responses"
+            " attend to a shared prompt are not cut over ranks; set it to 1 and use trainer.parallel.tensor or"
             " trainer.recompute=full for long sequences"
         )
     virtual, pipeline = sizes.virtual_pipeline, sizes.pipeline

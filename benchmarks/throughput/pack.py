@@ -1,11 +1,13 @@
-"""Quality and speed of the micro-batch planner (redone.data.pack.plan_step) on real and on the paper's lengths.
+"""Quality and speed of the micro-batch planner (redone.data.pack.plan_step) on real and on paper lengths.
 
 python benchmarks/throughput/pack.py --data FOLDER [--out benchmarks/results/pack.json]
 
-FOLDER holds sns-bench/, redtrans-bench/ and gsm8k/ as published; one token counts as 4 UTF-8 bytes there (3 of
-Chinese). The 16 responses of a prompt scatter log-normally (sigma 0.4) around the published answer. "paper":
-limits of RedOne 2.0 (prompt <= 10,000, response <= 8,192), log-normal inside them: the paper gives limits, not
-distributions. For every row: micro-batches per rank and their lower bound, share of the token budget in use,
+FOLDER holds sns-bench/, redtrans-bench/ and gsm8k/ as published; one token counts as 4 UTF-8 bytes there.
+The 16 responses of a prompt scatter log-normally (sigma 0.4) around the published answer. "paper":
+limits of RedOne 2.0 (prompt <= 10,000, response <= 8,192), log-normal inside them: the paper gives limits,
+not distributions.
+
+For every row: micro-batches per rank and their lower bound, share of the token budget in use,
 max / mean over ranks of the cost (quadratic attention of Qwen3-30B-A3B), and the same of the lock step, in
 which the ranks wait for each other after every micro-batch.
 """
@@ -204,7 +206,9 @@ def main() -> None:
             f"max/mean {row['max_over_mean']:.3f} lock step {row['lock_step']:.3f}\n"
         )
     for row in fast:
-        sys.stdout.write(f"100,000 samples, {row['lengths']}, sharing {row['sharing']}: {row['seconds']:.2f} s\n")
+        sys.stdout.write(
+            f"100,000 samples, {row['lengths']}, sharing {row['sharing']}: {row['seconds']:.2f} s\n"
+        )
     sys.stdout.write(json.dumps(result["summary"], indent=1) + "\n")
 
 

@@ -3,8 +3,9 @@
 python benchmarks/throughput/prefix_sharing.py [--out benchmarks/results/prefix-sharing-cpu.json]
 
 6 layers, hidden 256, vocabulary 4,096, fp32; P prompt tokens, G responses of R tokens. Both ways run in one
-process, in turn, and both project response rows only. Times are CPU seconds of the process (medians), so other
-load on the machine counts little. Peak memory: one process per way, VmHWM above what was resident before the
+process, in turn, and both project response rows only. Times are CPU seconds of the process (medians), so
+other load on the machine counts little.
+Peak memory: one process per way, VmHWM above what was resident before the
 step. The predicted ratio counts FLOP: 6 per weight and token, 14 per head dimension and query-key pair and
 layer, 6 per vocabulary weight and response token.
 """

@@ -45,7 +45,7 @@ def check_config(cfg: Config, model_config: Mapping[str, Any] | None = None) -> 
     Raises ConfigError: one message that lists every problem.
     """
     problems = [*_batch(cfg), *_lengths(cfg, model_config), *_algorithm(cfg), *_evaluation(cfg), *_files(cfg)]
-    problems += [*_engines(cfg), *_layout(cfg, model_config)]
+    problems += [*_engines(cfg), *_trainer(cfg), *_layout(cfg, model_config)]
     if problems:
         raise ConfigError(format_problems("configuration", problems))
     return tuple(_warnings(cfg))
@@ -182,6 +182,19 @@ def _engines(cfg: Config) -> Iterator[str]:
         yield (
             f"rollout.replicas * rollout.tensor_model_parallel_size = {r.replicas * tensor} exceeds the "
             f"{c.world_size} GPUs of cluster.nodes * cluster.gpus_per_node; lower one of them"
+        )
+
+
+def _trainer(cfg: Config) -> Iterator[str]:
+    if cfg.trainer.moe.load_balancing == "expert_bias":
+        yield (
+            "trainer.moe.load_balancing=expert_bias needs a sigmoid router; the supported models route by "
+            "softmax, and the engines would not apply the bias; use aux_loss or none"
+        )
+    if cfg.checkpoint.asynchronous and not cfg.checkpoint.export_hf:
+        yield (
+            "checkpoint.asynchronous=true with checkpoint.export_hf=false: the run could end before its last "
+            "checkpoint is written; the export waits for it: set checkpoint.export_hf=true"
         )
 
 

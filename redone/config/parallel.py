@@ -32,7 +32,7 @@ class MoeConfig(Section):
     router_fp32: bool = Field(True, description="Router logits in fp32, whatever model.dtype is.")
     routing_replay: Literal["auto", "engine", "trainer", "off"] = Field(
         "auto",
-        description="Which expert choices the trainer repeats. engine (R3): those of the rollout; trainer (R2):"
-        " those of its own old-log-probability pass; auto: engine where the rollout carries routes, else"
+        description="Expert choices the trainer repeats. engine (R3): those of the rollout; trainer"
+        " (R2): those of its own old-log-probability pass; auto: engine where the rollout carries routes, else"
         " trainer.",
     )

@@ -1,4 +1,4 @@
-"""Fill the micro-batches of a step: token budget, equal number per rank, equal cost. Plain arithmetic on lengths.
+"""Fill the micro-batches of a step: token budget, equal number per rank, equal cost. Arithmetic on lengths.
 
 A unit is what may share one prompt: a group, or one sample where sharing is off or does not pay. A bin is one
 micro-batch: parts of units, each costing its prompt once. A unit is split only where the budget, an equal
@@ -63,7 +63,7 @@ class Bin:
 def make_units(
     prompts: Sequence[int], responses: Sequence[Sequence[int]], sharing: bool, cost: Cost
 ) -> Units:
-    """prompts[g] and responses[g][i] in tokens; a group becomes one unit if that saves SHARING_PAYS or more."""
+    """prompts[g] and responses[g][i] in tokens; one unit per group if that saves SHARING_PAYS."""
     counts = np.array([len(r) for r in responses])
     prompt = np.repeat(np.array(prompts), counts)
     lengths = np.fromiter((n for r in responses for n in r), np.int64, int(counts.sum()))
@@ -199,15 +199,17 @@ class Filling:
             room = self.cap
             while left and left[0][0] <= room:
                 at = bisect_left(left, (room + 1, -1)) - 1
-                if room < self.cap and room < 3 * left[0][0] and (pair := _best_pair(left, room)) is not None:
-                    if left[pair[0]][0] + left[pair[1]][0] > left[at][0]:
-                        at = pair[1]
+                pair = _best_pair(left, room) if room < min(self.cap, 3 * left[0][0]) else None
+                if pair is not None and left[pair[0]][0] + left[pair[1]][0] > left[at][0]:
+                    at = pair[1]
                 size, u = left.pop(at)
                 self.put_whole(b, u)
                 room -= size
         return not left
 
-    def _share(self, u: int, positions: tuple[int, ...], room: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    def _share(
+        self, u: int, positions: tuple[int, ...], room: int
+    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """(those that fit into `room` beside the prompt, longest first, the others)."""
         lengths = self.units.lengths[u]
         room -= self.units.prompt[u]

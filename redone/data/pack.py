@@ -136,14 +136,37 @@ def _routes(samples: Sequence[tuple[TrainGroup, Piece]], padding: int) -> RouteA
         return None
     if len(present) != len(parts):
         raise TrainerError(f"{len(parts) - len(present)} of {len(parts)} prompts and responses lack routes")
-    layers, choices = present[0].shape[1:]
-    filler = np.broadcast_to(np.arange(choices, dtype=np.int16), (padding, layers, choices))
-    return np.concatenate([*present, filler])
+    joined: RouteArray = np.concatenate([*present, _any_routes(padding, *present[0].shape[1:])])
+    return joined
 
 
 def empty_microbatch(tokens: int) -> Microbatch:
     """A row of `tokens` padding tokens."""
     return pack(Batch(groups=(), num_loss_tokens=0, num_sequences=0), (), tokens)
+
+
+def pad_row(microbatch: Microbatch, tokens: int) -> Microbatch:
+    """The row with padding behind it, `tokens` long; unchanged when it is that long already."""
+    length = len(microbatch.token_ids)
+    padding = tokens - length
+    if padding <= 0:
+        return microbatch
+    routes = microbatch.routes
+    if routes is not None:
+        routes = np.concatenate([routes, _any_routes(padding, *routes.shape[1:])])
+    return dataclasses.replace(
+        microbatch,
+        token_ids=np.pad(microbatch.token_ids, (0, padding)),
+        positions=np.concatenate([microbatch.positions, np.arange(padding, dtype=np.int32)]),
+        token_weight=np.pad(microbatch.token_weight, (0, padding)),
+        segments=(*microbatch.segments, Segment(start=length, length=padding, responses=())),
+        routes=routes,
+    )
+
+
+def _any_routes(tokens: int, layers: int, choices: int) -> RouteArray:
+    """For tokens whose choice does not matter; the choices of one token must differ."""
+    return np.broadcast_to(np.arange(choices, dtype=np.int16), (tokens, layers, choices))
 
 
 def _append_piece(

@@ -89,7 +89,7 @@ class RunFolder:
         keep: int,
         asynchronous: bool = False,
     ) -> Path:
-        """Write trainer and driver state beside the final name, rename, then drop the oldest complete ones."""
+        """Write trainer and driver state beside the final name, rename, then drop the oldest ones."""
         final = self.checkpoint(state.step)
         if state.step in self.steps():
             return final

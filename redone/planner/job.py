@@ -63,6 +63,7 @@ class Layout:
     def virtual_pipeline(self) -> int:
         """As trainer.parallel names it."""
         return self.virtual
+
     trainer_sleeps: bool = False  # its states leave the GPU while the engine runs
 
     @property

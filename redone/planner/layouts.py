@@ -69,7 +69,13 @@ def legal_layouts(job: Job, *, longest: int, offload: bool = False) -> Iterator[
             for expert in (e for e in powers if e <= max(1, shape.num_experts)):
                 etp = tensor if shape.num_experts and expert == 1 else 1
                 sizes = replace(
-                    base, tensor=tensor, pipeline=pipeline, expert=expert, expert_tensor=etp, virtual=1, context=1
+                    base,
+                    tensor=tensor,
+                    pipeline=pipeline,
+                    expert=expert,
+                    expert_tensor=etp,
+                    virtual=1,
+                    context=1,
                 )
                 if tensor * pipeline > base.train_gpus or violations(sizes, base.train_gpus, shape):
                     continue

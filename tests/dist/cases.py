@@ -16,6 +16,7 @@ LAYOUTS: dict[str, tuple[int, str, tuple[int, ...]]] = {
     "tied TP1": (1, "tied", (1, 1, 1, 1)),
     "tied PP2": (2, "tied", (1, 2, 1, 1)),
     "odd vocabulary TP2": (2, "odd", (2, 1, 1, 1)),
+    "llama3 positions TP1": (1, "llama3", (1, 1, 1, 1)),
     "MoE TP1": (1, "moe", (1, 1, 1, 1)),
     "MoE TP2xETP2": (2, "moe", (2, 1, 1, 2)),
     "MoE PP2": (2, "moe", (1, 2, 1, 1)),
@@ -48,7 +49,15 @@ TRAINED = (
     "dense TP1", "dense PP2", "tied PP2", "odd vocabulary TP2", "MoE EP2", "MoE TP2xEP2", "MoE TP2xETP2",
     "tied PP2xVPP2", "MoE PP2xVPP2xEP2", "MoE TP2xPP2xEP2",
 )  # fmt: skip
-EXPORTED = ("MoE PP2xVPP2", "tied TP1", "tied PP2", "odd vocabulary TP2", "MoE TP2xETP2", "MoE PP2", "MoE TP2xEP2")
+EXPORTED = (
+    "MoE PP2xVPP2",
+    "tied TP1",
+    "tied PP2",
+    "odd vocabulary TP2",
+    "MoE TP2xETP2",
+    "MoE PP2",
+    "MoE TP2xEP2",
+)
 # (saved at, loaded at); both layouts have the same world size
 CHECKPOINTS = (
     ("MoE TP2xEP2", "MoE TP2xEP2"), ("MoE TP2xEP2", "MoE PP2"), ("dense DP2", "dense PP2"),

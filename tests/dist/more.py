@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import numpy as np
@@ -81,7 +82,9 @@ def with_random_routes(batch: Batch, layers: int, experts: int, k: int) -> Batch
 
     groups = []
     for group in batch.groups:
-        trajectories = tuple(dataclasses.replace(t, routes=draw(len(t.token_ids))) for t in group.trajectories)
+        trajectories = tuple(
+            dataclasses.replace(t, routes=draw(len(t.token_ids))) for t in group.trajectories
+        )
         groups.append(
             dataclasses.replace(group, prompt_routes=draw(len(group.prompt_ids)), trajectories=trajectories)
         )
@@ -163,9 +166,8 @@ def controls(kind: str, layout: Layout) -> dict[str, Any]:
         setattr(step, target, value)
         result[name] = worker.max_diff(worker.gather_logprobs(trainer, batch), expected)
         trainer.checked = False
-        result[f"check {name}"] = worker._message(
-            TrainerError, lambda: trainer.update(shard_with(trainer, batch), trainer.cfg.algorithm)
-        )
+        update = functools.partial(trainer.update, shard_with(trainer, batch), trainer.cfg.algorithm)
+        result[f"check {name}"] = worker._message(TrainerError, update)
         setattr(step, target, kept)
         if name == "good":
             trainer.close()

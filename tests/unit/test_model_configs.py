@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from redone.config.check import check_config
 from redone.config.load import load_config
 from redone.config.schema import Config
 from redone.layout import ModelShape, check_layout
@@ -46,6 +47,8 @@ def test_a_layout_is_legal(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert cfg.cluster.world_size == 8 * nodes
     assert cfg.rollout.replicas * cfg.rollout.tensor_model_parallel_size == 8 * nodes
     assert check_layout(cfg.trainer.parallel, cfg.cluster.world_size, shape_of(file.parent.name)) == []
+    if nodes == 1:
+        check_config(cfg)
 
 
 def plan_fits(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -122,12 +122,14 @@ class MegatronTrainer:
     def logprobs_and_routes(
         self, shard: Shard, temperature: float
     ) -> tuple[list[FloatArray], list[RouteArray]] | None:
-        """`logprobs` of the actor, and [T, L, K] expert choices per micro-batch to repeat in the updates (R2).
+        """`logprobs` of the actor, and [T, L, K] expert choices per micro-batch, to repeat in updates (R2).
 
         None on the ranks without output. Raises TrainerError for a dense model and with routing replay off.
         """
         if not self.config.moe_enable_routing_replay or not self.shape.num_experts:
-            raise TrainerError("routes need a mixture-of-experts model and trainer.moe.routing_replay other than off")
+            raise TrainerError(
+                "routes need a mixture-of-experts model and trainer.moe.routing_replay not off"
+            )
         per_chunk: dict[int, list[dict[int, RouteArray]]] = {}
 
         def keep(module: torch.nn.Module) -> None:

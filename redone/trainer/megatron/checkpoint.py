@@ -167,9 +167,7 @@ def save(
         raise TrainerError(f"cannot save to {path}: {failure[0]}")
     _fill_optimizer_state(optimizer)
     try:
-        dist_checkpointing.save(
-            _state(modules, optimizer, rng=True, is_loading=False), path, strategy
-        )
+        dist_checkpointing.save(_state(modules, optimizer, rng=True, is_loading=False), path, strategy)
         if dist.get_rank() == 0:
             (folder / META).write_text(json.dumps(asdict(meta)) + "\n")
     except CheckpointException as error:

@@ -135,9 +135,7 @@ def tensor_group(rule: Rule) -> tuple[int, int]:
     )
 
 
-def local_parameters(
-    modules: Sequence[torch.nn.Module], shape: ModelShape
-) -> dict[str, torch.nn.Parameter]:
+def local_parameters(modules: Sequence[torch.nn.Module], shape: ModelShape) -> dict[str, torch.nn.Parameter]:
     """Global Megatron name -> this rank's parameter, for every rule it owns, in export order."""
     first_expert = expert_range(shape)[0] if shape.num_experts else 0
     found: dict[str, torch.nn.Parameter] = {}

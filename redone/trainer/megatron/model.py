@@ -15,7 +15,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from redone.config.schema import TrainerConfig
-from redone.layout import ModelShape, padded_vocab
+from redone.layout import Llama3Rope, ModelShape, padded_vocab
 from redone.trainer.megatron.attention import PackedRow
 from redone.trainer.megatron.device import device, on_cpu
 from redone.trainer.megatron.head import Head
@@ -29,6 +29,16 @@ class PackedRotary(RotaryEmbedding):
     GPTModel hands its packed parameters to `get_rotary_seq_len` on every pipeline stage, and whatever that
     returns to `forward`: so there is no global state, and recomputation is safe.
     """
+
+    def rescale(self, rope: Llama3Rope) -> None:
+        """Before the first use."""
+        self.inv_freq = self._apply_scaling(
+            self.inv_freq,
+            factor=rope.factor,
+            low_freq_factor=rope.low_freq_factor,
+            high_freq_factor=rope.high_freq_factor,
+            original_max_position_embeddings=rope.original_max_positions,
+        )
 
     def get_rotary_seq_len(self, *args: Any, **kwargs: Any) -> PackedRow:
         packed = kwargs.get("packed_seq_params", args[4] if len(args) > 4 else None)
@@ -89,6 +99,8 @@ def transformer_config(shape: ModelShape, trainer: TrainerConfig, dtype: torch.d
         options |= dict(
             virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
             microbatch_group_size_per_vp_stage=parallel.pipeline,
+            batch_p2p_comm=False,  # batched, the two directions between two stages would be confused
+            overlap_p2p_comm=not on_cpu(),
         )
     if shape.num_experts:
         options |= dict(
@@ -96,7 +108,9 @@ def transformer_config(shape: ModelShape, trainer: TrainerConfig, dtype: torch.d
             moe_router_topk=shape.experts_per_token,
             moe_ffn_hidden_size=shape.moe_ffn,
             moe_router_load_balancing_type=trainer.moe.load_balancing,
-            moe_aux_loss_coeff=trainer.moe.aux_loss_coeff if trainer.moe.load_balancing == "aux_loss" else 0.0,
+            moe_aux_loss_coeff=trainer.moe.aux_loss_coeff
+            if trainer.moe.load_balancing == "aux_loss"
+            else 0.0,
             moe_router_dtype="fp32" if trainer.moe.router_fp32 else None,
             moe_enable_routing_replay=trainer.moe.routing_replay != "off",
             moe_router_pre_softmax=not shape.norm_topk_prob,
@@ -175,6 +189,8 @@ def _build_chunk(
         share_embeddings_and_output_weights=shape.tied_embeddings,
         vp_stage=vp_stage,
     )
+    if shape.rope_scaling is not None:
+        module.rotary_pos_emb.rescale(shape.rope_scaling)
     if shape.num_experts:
         watch_layers(module)
     for parameter in module.parameters():
@@ -182,9 +198,7 @@ def _build_chunk(
     return module.to(device())
 
 
-def wrap(
-    modules: Sequence[PackedGPTModel], config: TransformerConfig
-) -> list[DistributedDataParallel]:
+def wrap(modules: Sequence[PackedGPTModel], config: TransformerConfig) -> list[DistributedDataParallel]:
     """Mixed precision and data parallelism around each chunk; gradients are summed in fp32."""
     ddp = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True, use_distributed_optimizer=True, check_for_nan_in_grad=False

@@ -108,7 +108,7 @@ def routers(modules: Sequence[torch.nn.Module]) -> list[PackedRouter]:
 
 
 def recorded_routes(module: torch.nn.Module) -> dict[int, RouteArray]:
-    """Layer (from 0) -> [T, K] choices of the row that `module` has just run; collective over tensor ranks."""
+    """Layer (from 0) -> [T, K] choices of the row that `module` just ran. Collective over tensor ranks."""
     found = {}
     for router in routers([module]):
         assert router.router_replay is not None and router.layer_number is not None

@@ -31,7 +31,10 @@ def learning_rate(step: int, optim: OptimConfig, total_steps: int) -> float:
 
 
 def build_optimizer(
-    models: Sequence[DistributedDataParallel], config: TransformerConfig, optim: OptimConfig, dtype: torch.dtype
+    models: Sequence[DistributedDataParallel],
+    config: TransformerConfig,
+    optim: OptimConfig,
+    dtype: torch.dtype,
 ) -> Any:
     """AdamW with fp32 master weights and states, sharded over data-parallel ranks.
 

@@ -9,9 +9,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from numpy.typing import NDArray
 
-from redone.data.pack import empty_microbatch
+from redone.data.pack import empty_microbatch, pad_row
 from redone.errors import TrainerError
 from redone.trainer.megatron.step import forward_logprobs
 from redone.types import Microbatch, Segment, Shard
@@ -38,40 +37,27 @@ def alone(microbatch: Microbatch, segment: Segment, span: tuple[int, int], multi
     start, length = span
     prompt = segment.length
     picked = np.r_[segment.start : segment.start + prompt, start : start + length]
-    padding = -len(picked) % multiple
-    rows = np.arange(prompt - 1, prompt + length - 1, dtype=np.int32)
-    segments = [Segment(start=0, length=prompt, responses=((prompt, length),))]
-    if padding:
-        segments.append(Segment(start=len(picked), length=padding, responses=()))
-    return dataclasses.replace(
+    row = dataclasses.replace(
         empty_microbatch(multiple),
-        token_ids=np.pad(microbatch.token_ids[picked], (0, padding)),
-        positions=np.r_[np.arange(len(picked)), np.arange(padding)].astype(np.int32),
-        token_weight=np.pad(np.ones(len(picked), np.float32), (0, padding)),
-        segments=tuple(segments),
-        rows=rows,
+        token_ids=microbatch.token_ids[picked],
+        positions=np.arange(len(picked), dtype=np.int32),
+        token_weight=np.ones(len(picked), np.float32),
+        segments=(Segment(start=0, length=prompt, responses=((prompt, length),)),),
+        rows=np.arange(prompt - 1, prompt + length - 1, dtype=np.int32),
         targets=microbatch.token_ids[start : start + length],
-        routes=None if microbatch.routes is None else _routes(microbatch.routes[picked], padding),
+        routes=None if microbatch.routes is None else microbatch.routes[picked],
     )
+    return pad_row(row, -(-len(picked) // multiple) * multiple)
 
 
-def _routes(routes: NDArray[np.int16], padding: int) -> NDArray[np.int16]:
-    choices = np.arange(routes.shape[2], dtype=routes.dtype)
-    return np.concatenate([routes, np.broadcast_to(choices, (padding, *routes.shape[1:]))])
-
-
-def compare(
-    models: Sequence[torch.nn.Module], shard: Shard, temperature: float, dtype: torch.dtype
-) -> None:
-    """One micro-batch of every rank both ways. Collective; raises TrainerError everywhere when they differ."""
+def compare(models: Sequence[torch.nn.Module], shard: Shard, temperature: float, dtype: torch.dtype) -> None:
+    """One micro-batch of every rank both ways. Collective; raises TrainerError when they differ."""
     multiple = parallel_state.get_tensor_model_parallel_world_size()
     first = shard.microbatches[0]
     pairs = shared_rows(first)
     rows = [first, *(alone(first, segment, span, multiple) for segment, span, _ in pairs)]
     rows += [empty_microbatch(multiple)] * (1 + COMPARED - len(rows))
-    found = forward_logprobs(
-        models, dataclasses.replace(shard, microbatches=tuple(rows)), temperature
-    )
+    found = forward_logprobs(models, dataclasses.replace(shard, microbatches=tuple(rows)), temperature)
     worst = mean = 0.0
     if found is not None and pairs:
         ours = np.concatenate([found[0][where] for _, _, where in pairs])

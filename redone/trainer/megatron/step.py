@@ -13,9 +13,9 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from redone.algo.loss import LossInputs, policy_loss
+from redone.algo.loss import LossInputs, policy_loss, with_effective_sample_size
 from redone.config.schema import AlgorithmConfig
-from redone.data.pack import empty_microbatch
+from redone.data.pack import empty_microbatch, pad_row
 from redone.errors import TrainerError
 from redone.trainer.megatron.attention import PackedRow, make_plan
 from redone.trainer.megatron.device import device
@@ -62,16 +62,13 @@ def run(
 ) -> list[Any]:
     """Drive the schedule; the second value of `loss` per micro-batch, on the last pipeline stage.
 
-    `after` sees the packed row and the chunk after each forward. The interleaved schedule wants a multiple of
-    the pipeline size: it gets rows of padding, whose results are dropped.
+    `after` sees the chunk after each forward.
     """
     for model in models:
         model.train(train)
     wanted = len(microbatches)
     if len(models) > 1:
-        padding = -wanted % parallel_state.get_pipeline_model_parallel_world_size()
-        filler = empty_microbatch(parallel_state.get_tensor_model_parallel_world_size())
-        microbatches = [*microbatches, *[filler] * padding]
+        microbatches = _for_interleaving(microbatches)
 
     def forward_step(iterator: Iterator[Microbatch], module: torch.nn.Module) -> tuple[Any, Any]:
         microbatch = next(iterator)
@@ -93,6 +90,21 @@ def run(
             forward_only=not train,
         )
     return results[:wanted]
+
+
+def _for_interleaving(microbatches: Sequence[Microbatch]) -> list[Microbatch]:
+    """A multiple of the pipeline size, as the schedule wants it: rows of padding are added.
+
+    With two stages all rows get one length: the next stage is the previous one too, and Megatron's exchange
+    of shapes would take the one's for the other's.
+    """
+    stages = parallel_state.get_pipeline_model_parallel_world_size()
+    filler = empty_microbatch(parallel_state.get_tensor_model_parallel_world_size())
+    result = [*microbatches, *[filler] * (-len(microbatches) % stages)]
+    if stages > 2:
+        return result
+    longest = max(len(m.token_ids) for m in result)
+    return [pad_row(m, longest) for m in result]
 
 
 def forward_logprobs(
@@ -133,7 +145,7 @@ class Totals:
             self.maxima[key] = max(self.maxima.get(key, -math.inf), value)
 
     def metrics(self) -> dict[str, float]:
-        found = {**self.sums, **self.maxima}
+        found = {**with_effective_sample_size(self.sums), **self.maxima}
         computed, unshared = found.pop(COMPUTED, 0.0), found.pop(UNSHARED, 0.0)
         return {**found, "prefix/token_ratio": unshared / computed} if computed else found
 
