@@ -227,7 +227,7 @@ def _check_chunks(sizes: ParallelSizes, model: ModelShape) -> list[str]:
     if sizes.context != 1:
         errors.append(
             f"trainer.parallel.context={sizes.context} is not supported: packed rows where responses"
-            " attend to a shared prompt are not cut over ranks; set it to 1 and use trainer.parallel.tensor or"
+            " attend to a shared prompt are not cut over ranks; use 1 with trainer.parallel.tensor or"
             " trainer.recompute=full for long sequences"
         )
     virtual, pipeline = sizes.virtual_pipeline, sizes.pipeline

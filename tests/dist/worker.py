@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import faulthandler
 import json
+import os
 import pickle
 import resource
 import sys
@@ -391,6 +393,8 @@ def main() -> None:
     job, rank = json.loads(Path(sys.argv[1]).read_text()), int(sys.argv[2])
     FOLDER = Path(job["folder"])
     torch.set_num_threads(1)
+    if delay := os.environ.get("REDONE_DUMP_AFTER"):
+        faulthandler.dump_traceback_later(float(delay), exit=True)
     dist.init_process_group(
         "gloo", init_method=f"tcp://127.0.0.1:{job['port']}", rank=rank, world_size=job["world"]
     )

@@ -148,7 +148,7 @@ def test_layers_of_chunks_follow_megatrons_order() -> None:
 @pytest.mark.parametrize(
     ("layout", "words"),
     [
-        (ParallelConfig(context=2), ("context=2", "not supported", "set it to 1")),
+        (ParallelConfig(context=2), ("context=2", "not supported", "use 1")),
         (ParallelConfig(virtual_pipeline=2), ("virtual_pipeline=2", "pipeline > 1")),
         (
             ParallelConfig(pipeline=2, virtual_pipeline=5, expert=4),
