@@ -137,3 +137,10 @@ CASES[4] += [
     ),
 ]
 CASES[2] += [("balanced TP2xETP2", "balanced", {"kind": "moe", "layout": (2, 1, 1, 2)})]
+REAL = {
+    "qwen3_4b": 4_022_468_096,
+    "qwen3_8b": 8_190_735_360,
+    "qwen3_32b": 32_762_123_264,
+    "qwen3_30b_a3b": 30_532_122_624,
+}
+CASES[1] += [(f"meta {model}", "meta", {"model": model}) for model in REAL]

@@ -176,6 +176,13 @@ def controls(kind: str, layout: Layout) -> dict[str, Any]:
     return result
 
 
+def meta(model: str) -> dict[str, Any]:
+    """See meta_check.py."""
+    from meta_check import build
+
+    return build(model)
+
+
 def ratio(kind: str, layout: Layout) -> dict[str, float]:
     """Metrics of one update: tokens saved, expert load."""
     trainer = worker.make_trainer(worker.model_folder(kind), layout)
