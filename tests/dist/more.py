@@ -183,6 +183,31 @@ def meta(model: str) -> dict[str, Any]:
     return build(model)
 
 
+def publish(kind: str, layout: Layout) -> dict[str, Any]:
+    """The published bytes are the weights; digests and buckets cover all of them."""
+    from redone.weights.digest import digest
+
+    data = worker.load_reference(kind)
+    trainer = worker.make_trainer(worker.model_folder(kind), layout)
+    plan = trainer.weight_plan(100_000)
+    location = str(worker.FOLDER / f"channel-{kind}-{'-'.join(map(str, layout))}")
+    buckets = trainer.publish(location, 7)
+    result: dict[str, Any] = {"published": buckets is not None, "rank": dist.get_rank()}
+    if buckets is not None:
+        raw = torch.from_numpy(np.fromfile(location, np.uint8))
+        wrong = []
+        digests = [d for b in buckets for d in b.digests]
+        for meta, expected in zip(plan.tensors, digests, strict=True):
+            part = raw[meta.offset : meta.offset + meta.nbytes].clone()
+            same = torch.equal(part.view(torch.float32).view(meta.shape), data["initial"][meta.name])
+            if not same or digest(part) != expected:
+                wrong.append(meta.name)
+        result |= {"wrong": wrong, "buckets": len(buckets), "versions": [b.version for b in buckets]}
+        result["names"] = sorted(m.name for m in plan.tensors) == sorted(data["initial"])
+    trainer.close()
+    return result
+
+
 def ratio(kind: str, layout: Layout) -> dict[str, float]:
     """Metrics of one update: tokens saved, expert load."""
     trainer = worker.make_trainer(worker.model_folder(kind), layout)

@@ -1,4 +1,5 @@
-"""One rank of the distributed tests: `python worker.py job.json RANK`. Jobs name functions of this file."""
+"""One rank of the distributed tests: `python worker.py job.json RANK`. Jobs name functions of this file or of
+more.py. With REDONE_DUMP_AFTER=SECONDS in the environment a rank that hangs says where."""
 
 from __future__ import annotations
 
@@ -229,31 +230,6 @@ def export(kind: str, layout: Layout) -> dict[str, Any]:
         result["missing"] = sorted(set(data["initial"]) ^ set(loaded))
         result["files"] = sorted(p.name for p in target.iterdir())
         result["single"] = sorted(p.name for p in Path(str(target) + "-single").iterdir())
-    trainer.close()
-    return result
-
-
-def publish(kind: str, layout: Layout) -> dict[str, Any]:
-    """The published bytes are the weights; digests and buckets cover all of them."""
-    from redone.weights.digest import digest
-
-    data = load_reference(kind)
-    trainer = make_trainer(model_folder(kind), layout)
-    plan = trainer.weight_plan(100_000)
-    location = str(FOLDER / f"channel-{kind}-{'-'.join(map(str, layout))}")
-    buckets = trainer.publish(location, 7)
-    result: dict[str, Any] = {"published": buckets is not None, "rank": dist.get_rank()}
-    if buckets is not None:
-        raw = torch.from_numpy(np.fromfile(location, np.uint8))
-        wrong = []
-        digests = [d for b in buckets for d in b.digests]
-        for meta, expected in zip(plan.tensors, digests, strict=True):
-            part = raw[meta.offset : meta.offset + meta.nbytes].clone()
-            same = torch.equal(part.view(torch.float32).view(meta.shape), data["initial"][meta.name])
-            if not same or digest(part) != expected:
-                wrong.append(meta.name)
-        result |= {"wrong": wrong, "buckets": len(buckets), "versions": [b.version for b in buckets]}
-        result["names"] = sorted(m.name for m in plan.tensors) == sorted(data["initial"])
     trainer.close()
     return result
 
