@@ -143,7 +143,7 @@ def transformer_config(shape: ModelShape, trainer: TrainerConfig, dtype: torch.d
         expert_model_parallel_size=parallel.expert,
         expert_tensor_parallel_size=parallel.expert_tensor,
         sequence_parallel=parallel.tensor > 1,
-        variable_seq_lengths=True,
+        variable_seq_lengths=parallel.virtual_pipeline == 1,  # see step._for_interleaving
         moe_token_dispatcher_type="alltoall",
         init_method=_leave_uninitialised,
         output_layer_init_method=_leave_uninitialised,

@@ -85,7 +85,8 @@ def run(
             data_iterator=[iter(microbatches) for _ in models],
             model=list(models),
             num_microbatches=len(microbatches),
-            seq_length=1,  # unused: variable_seq_lengths sends the real length with every tensor
+            # Read with virtual stages only: otherwise the real length is sent with every tensor.
+            seq_length=len(microbatches[0].token_ids),
             micro_batch_size=1,
             forward_only=not train,
         )
@@ -93,16 +94,14 @@ def run(
 
 
 def _for_interleaving(microbatches: Sequence[Microbatch]) -> list[Microbatch]:
-    """A multiple of the pipeline size, as the schedule wants it: rows of padding are added.
+    """A multiple of the pipeline size, as the schedule wants it, and rows of one length: padding is added.
 
-    With two stages all rows get one length: the next stage is the previous one too, and Megatron's exchange
-    of shapes would take the one's for the other's.
+    Lengths that vary would be announced before each tensor; interleaved, that announcement deadlocks when all
+    micro-batches are warm-up, and confuses the two directions between two stages.
     """
     stages = parallel_state.get_pipeline_model_parallel_world_size()
     filler = empty_microbatch(parallel_state.get_tensor_model_parallel_world_size())
     result = [*microbatches, *[filler] * (-len(microbatches) % stages)]
-    if stages > 2:
-        return result
     longest = max(len(m.token_ids) for m in result)
     return [pad_row(m, longest) for m in result]
 
