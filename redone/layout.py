@@ -5,15 +5,18 @@ Imports nothing of ours. Ranks are ordered as Megatron-core orders them: tensor 
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 FAMILIES = ("qwen3", "qwen3_moe", "llama")
+NAMES = ("tensor", "pipeline", "virtual_pipeline", "context", "expert", "expert_tensor")
 
 
 class ParallelSizes(Protocol):
-    """Anything with these four sizes, for instance config.schema.ParallelConfig."""
+    """Anything with these sizes, for instance config.schema.ParallelConfig."""
 
     @property
     def tensor(self) -> int: ...
@@ -23,6 +26,32 @@ class ParallelSizes(Protocol):
     def expert(self) -> int: ...
     @property
     def expert_tensor(self) -> int: ...
+    @property
+    def virtual_pipeline(self) -> int: ...
+    @property
+    def context(self) -> int: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sizes:
+    """Parallel sizes that nobody configured: a proposal."""
+
+    tensor: int = 1
+    pipeline: int = 1
+    virtual_pipeline: int = 1
+    context: int = 1
+    expert: int = 1
+    expert_tensor: int = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Llama3Rope:
+    """rope_type "llama3": long wavelengths are divided by `factor`, middle ones by a mixture."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_positions: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +75,7 @@ class ModelShape:
     experts_per_token: int = 0
     moe_ffn: int = 0
     norm_topk_prob: bool = True
+    rope_scaling: Llama3Rope | None = None
 
     @staticmethod
     def from_hf(config: Mapping[str, Any]) -> ModelShape:
@@ -76,15 +106,27 @@ class ModelShape:
             experts_per_token=int(config["num_experts_per_tok"]) if moe else 0,
             moe_ffn=int(config["moe_intermediate_size"]) if moe else 0,
             norm_topk_prob=bool(config.get("norm_topk_prob", False)) if moe else True,
+            rope_scaling=_rope_scaling(config),
         )
+
+
+def _rope_scaling(config: Mapping[str, Any]) -> Llama3Rope | None:
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return None
+    if kind != "llama3":
+        raise ValueError(f"rope_type={kind!r} is not supported; only default and llama3 are")
+    return Llama3Rope(
+        factor=float(rope["factor"]),
+        low_freq_factor=float(rope["low_freq_factor"]),
+        high_freq_factor=float(rope["high_freq_factor"]),
+        original_max_positions=int(rope["original_max_position_embeddings"]),
+    )
 
 
 def _refuse_unsupported(config: Mapping[str, Any]) -> None:
     """Options of the three families that would silently change the computation."""
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default":
-        raise ValueError(f"rope_type={kind!r} is not supported; only the default rotary embedding is")
     if config.get("use_sliding_window") or set(config.get("layer_types") or ()) - {"full_attention"}:
         raise ValueError("sliding-window attention is not supported")
     for key in ("attention_bias", "mlp_bias"):
@@ -115,11 +157,56 @@ def padded_vocab(vocab: int, tensor: int) -> int:
     return -(-vocab // tensor) * tensor
 
 
+def layer_ranges(layers: int, pipeline: int, virtual: int) -> list[list[range]]:
+    """ranges[stage][chunk]: the layers that each chunk of each pipeline stage holds, in Megatron's order."""
+    count = layers // (pipeline * virtual)
+    return [
+        [range(first, first + count) for first in range(stage * count, layers, pipeline * count)]
+        for stage in range(pipeline)
+    ]
+
+
 def check_layout(sizes: ParallelSizes, world_size: int, model: ModelShape) -> list[str]:
     """Every reason why `model` cannot be trained on `world_size` ranks with these sizes; empty when it can.
 
-    Each message names the key, the value and a remedy.
+    Each message names the key, the value and a remedy; the last one proposes the nearest legal layout.
     """
+    errors = violations(sizes, world_size, model)
+    if errors and (near := nearest_layout(sizes, world_size, model)):
+        errors.append(f"trainer.parallel: the nearest legal layout is {describe(near)}")
+    return errors
+
+
+def describe(sizes: ParallelSizes) -> str:
+    """The sizes that are not 1, as in the configuration."""
+    named = {name: getattr(sizes, name) for name in NAMES}
+    return "{" + ", ".join(f"{n}: {v}" for n, v in named.items() if v != 1 or n == "tensor") + "}"
+
+
+def nearest_layout(sizes: ParallelSizes, world_size: int, model: ModelShape) -> Sizes | None:
+    """The legal layout on as many ranks that takes the fewest doublings (those that keep tensor first)."""
+    best: tuple[float, int, Sizes] | None = None
+    wanted = [getattr(sizes, name) for name in NAMES]
+    options = [_divisors_of(world_size) for _ in range(2)]
+    virtual = _divisors_of(model.num_layers)
+    experts = _divisors_of(model.num_experts) if model.num_experts else [1]
+    for tensor, pipeline in itertools.product(*options):
+        for chunks, expert, inner in itertools.product(
+            [v for v in virtual if v <= max(1, sizes.virtual_pipeline)], experts, {1, tensor}
+        ):
+            found = Sizes(
+                tensor=tensor, pipeline=pipeline, virtual_pipeline=chunks, expert=expert, expert_tensor=inner
+            )
+            values = [getattr(found, name) for name in NAMES]
+            away = sum(abs(math.log2(a / b)) for a, b in zip(values, wanted, strict=True))
+            key = (away, abs(tensor - sizes.tensor))
+            if (best is None or key < best[:2]) and not violations(found, world_size, model):
+                best = (*key, found)
+    return best[2] if best else None
+
+
+def violations(sizes: ParallelSizes, world_size: int, model: ModelShape) -> list[str]:
+    """`check_layout` without the proposal."""
     key = "trainer.parallel"
     errors = _check_world(sizes, world_size)
     for name, value, what, total in (
@@ -131,7 +218,30 @@ def check_layout(sizes: ParallelSizes, world_size: int, model: ModelShape) -> li
     ):
         if total % value:
             errors.append(f"{key}.{name}={value} does not divide {what} ({total}); use {_divisors(total)}")
+    errors += _check_chunks(sizes, model)
     return errors + (_check_experts(sizes, model) if model.num_experts else _check_dense(sizes))
+
+
+def _check_chunks(sizes: ParallelSizes, model: ModelShape) -> list[str]:
+    errors = []
+    if sizes.context != 1:
+        errors.append(
+            f"trainer.parallel.context={sizes.context} is not supported: packed rows where responses"
+            " attend to a shared prompt are not cut over ranks; use 1 with trainer.parallel.tensor or"
+            " trainer.recompute=full for long sequences"
+        )
+    virtual, pipeline = sizes.virtual_pipeline, sizes.pipeline
+    if virtual > 1 and pipeline == 1:
+        errors.append(
+            f"trainer.parallel.virtual_pipeline={virtual} needs trainer.parallel.pipeline > 1; set it to 1"
+        )
+    elif virtual > 1 and model.num_layers % (pipeline * virtual):
+        per_stage = model.num_layers // pipeline
+        errors.append(
+            f"trainer.parallel.pipeline x virtual_pipeline = {pipeline} x {virtual} does not divide layers"
+            f" ({model.num_layers}); use virtual_pipeline {_divisors(per_stage)}"
+        )
+    return errors
 
 
 def _check_world(sizes: ParallelSizes, world_size: int) -> list[str]:
@@ -182,7 +292,27 @@ def _check_experts(sizes: ParallelSizes, model: ModelShape) -> list[str]:
     return errors
 
 
+def _divisors_of(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]
+
+
 def _divisors(n: int, limit: int = 8) -> str:
     """ "1, 2, 4, ..." of n, at most `limit` of them."""
-    found = [d for d in range(1, n + 1) if n % d == 0]
+    found = _divisors_of(n)
     return ", ".join(map(str, found[:limit])) + (", ..." if len(found) > limit else "")
+
+
+def token_costs(model: ModelShape) -> tuple[float, float]:
+    """(row, pair) for data.balance.Cost: what a projected token and a query-key pair cost.
+
+    In units of one token's matrix products in all layers; a pair costs 4 heads x head_dim FLOP per layer
+    forward (and 7/6 more in proportion backward, as flash kernels recompute the scores).
+    """
+    attention = model.hidden * model.head_dim * (2 * model.heads + 2 * model.kv_heads)
+    if model.num_experts:
+        mlp = 3 * model.hidden * model.moe_ffn * model.experts_per_token + model.hidden * model.num_experts
+    else:
+        mlp = 3 * model.hidden * model.ffn
+    linear = 2 * model.num_layers * (attention + mlp)
+    pair = 4 * model.num_layers * model.heads * model.head_dim * 7 / 6
+    return 2 * model.vocab * model.hidden / linear, pair / linear

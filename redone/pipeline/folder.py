@@ -19,6 +19,7 @@ from redone.errors import RunFolderError
 log = logging.getLogger(__name__)
 
 JOB_FILE = "slurm/job.json"  # written once a job was submitted for the folder
+WRITING = ".writing"  # of the trainer's checkpoint module
 STREAMS = ("metrics.jsonl", "samples.jsonl", "ledger.jsonl")
 
 
@@ -75,7 +76,7 @@ class RunFolder:
         """Steps with a complete checkpoint, oldest first."""
         found = []
         for entry in self.checkpoints.glob("step-*"):
-            if (entry / "driver.json").is_file():
+            if (entry / "driver.json").is_file() and not (entry / "trainer" / WRITING).exists():
                 found.append(int(entry.name.removeprefix("step-")))
         return sorted(found)
 
@@ -91,18 +92,27 @@ class RunFolder:
         found = self.path.glob("batches/step-*/batch.npz")
         return sorted(int(p.parent.name.removeprefix("step-")) for p in found)
 
-    def save(self, state: DriverState, save_trainer: Callable[[str], None], keep: int) -> Path:
+    def save(
+        self,
+        state: DriverState,
+        save_trainer: Callable[[str], None],
+        keep: int,
+        asynchronous: bool = False,
+    ) -> Path:
         """Write trainer and driver state beside the final name, rename, then drop the oldest ones."""
         final = self.checkpoint(state.step)
-        if final.exists():
+        if state.step in self.steps():
             return final
-        partial = self.checkpoints / f".partial-{state.step:06d}"
-        shutil.rmtree(partial, ignore_errors=True)
+        # A trainer that writes on after its `save` keeps WRITING until it is done; it needs the final name.
+        partial = final if asynchronous else self.checkpoints / f".partial-{state.step:06d}"
+        for leftover in (partial, final):
+            shutil.rmtree(leftover, ignore_errors=True)
         try:
             partial.mkdir(parents=True)
             save_trainer(str(partial / "trainer"))
             write_json(partial / "driver.json", asdict(state))
-            os.replace(partial, final)
+            if not asynchronous:
+                os.replace(partial, final)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise

@@ -105,7 +105,8 @@ class SftRun:
         return {"val/loss": loss}
 
     def _save(self, step: int, last: bool) -> None:
-        every = self.cfg.checkpoint.every
+        checkpoint = self.cfg.checkpoint
+        every = checkpoint.every
         best = self.cfg.evaluate.keep_best and self.best_step == step
         if not (last or best or (every > 0 and step % every == 0)):
             return
@@ -119,7 +120,7 @@ class SftRun:
         with self.observer.phase("save_checkpoint"):
             state = replace(state, stream_bytes=self.folder.stream_bytes())
             try:
-                self.folder.save(state, self.trainer.save, self.cfg.checkpoint.keep)
+                self.folder.save(state, self.trainer.save, checkpoint.keep, checkpoint.asynchronous)
             except (OSError, RedoneError) as error:
                 raise RedoneError(
                     f"cannot save step {step} in {self.folder.checkpoints}: {error}. Remedy: free space, "

@@ -219,7 +219,8 @@ class RlRun:
         with self.observer.phase("save_checkpoint"):
             state = replace(state, stream_bytes=self.folder.stream_bytes())
             try:
-                self.folder.save(state, self.trainer.save, self.cfg.checkpoint.keep)
+                checkpoint = self.cfg.checkpoint
+                self.folder.save(state, self.trainer.save, checkpoint.keep, checkpoint.asynchronous)
             except (OSError, RedoneError) as error:
                 raise RedoneError(
                     f"cannot save step {step} in {self.folder.checkpoints}: {error}; the last good "

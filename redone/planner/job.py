@@ -58,6 +58,12 @@ class Layout:
     max_sequences: int = 1024  # that an engine decodes at once
     stack: str = "redone"
     cpu_optimizer: bool = False
+
+    @property
+    def virtual_pipeline(self) -> int:
+        """As trainer.parallel names it."""
+        return self.virtual
+
     trainer_sleeps: bool = False  # its states leave the GPU while the engine runs
 
     @property

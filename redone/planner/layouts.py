@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
-from redone.layout import check_layout
+from redone.layout import violations
 from redone.planner.hardware import DEFAULT, Constants
 from redone.planner.job import Job, Layout
 from redone.planner.phases import PhaseMemory, Sizes, cache_margin, gpu_phases, host_memory
@@ -69,9 +69,15 @@ def legal_layouts(job: Job, *, longest: int, offload: bool = False) -> Iterator[
             for expert in (e for e in powers if e <= max(1, shape.num_experts)):
                 etp = tensor if shape.num_experts and expert == 1 else 1
                 sizes = replace(
-                    base, tensor=tensor, pipeline=pipeline, expert=expert, expert_tensor=etp, virtual=1
+                    base,
+                    tensor=tensor,
+                    pipeline=pipeline,
+                    expert=expert,
+                    expert_tensor=etp,
+                    virtual=1,
+                    context=1,
                 )
-                if tensor * pipeline > base.train_gpus or check_layout(sizes, base.train_gpus, shape):
+                if tensor * pipeline > base.train_gpus or violations(sizes, base.train_gpus, shape):
                     continue
                 for host in hosts:
                     yield from _variants(replace(sizes, cpu_optimizer=host), longest, shape.kv_heads)

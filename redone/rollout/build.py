@@ -9,7 +9,7 @@ import numpy as np
 from redone.algo.advantage import group_advantages, overlong_penalty
 from redone.config.schema import Config
 from redone.errors import RedoneError
-from redone.types import Batch, Group, Rollout, TrainGroup, Trajectory
+from redone.types import Batch, Group, Rollout, RouteArray, TrainGroup, Trajectory
 
 
 def build_batch(groups: Sequence[Group], cfg: Config) -> Batch:
@@ -39,17 +39,43 @@ def shaped_value(rollout: Rollout, cfg: Config) -> float:
 def _train_group(group: Group, cfg: Config) -> TrainGroup:
     values = [shaped_value(rollout, cfg) for rollout in group.rollouts]
     advantages = group_advantages(values, cfg.algorithm.adv_estimator)
+    routes = _routes(group, cfg)
     return TrainGroup(
         prompt_id=group.prompt.id,
         prompt_ids=group.prompt.token_ids,
+        prompt_routes=None if routes is None else routes[0][: len(group.prompt.token_ids)],
         trajectories=tuple(
-            _trajectory(rollout, float(advantage))
-            for rollout, advantage in zip(group.rollouts, advantages, strict=True)
+            _trajectory(
+                rollout,
+                float(advantage),
+                None if routes is None else routes[i][len(group.prompt.token_ids) :],
+            )
+            for i, (rollout, advantage) in enumerate(zip(group.rollouts, advantages, strict=True))
         ),
     )
 
 
-def _trajectory(rollout: Rollout, advantage: float) -> Trajectory:
+def _routes(group: Group, cfg: Config) -> list[RouteArray] | None:
+    """[P + R, L, K] expert choices of every rollout (replay R3), when the engine gave them all and they are
+    wanted. The last token was never routed; nothing depends on its choice: it repeats the one before.
+
+    A shared prompt takes those of the first rollout.
+    """
+    if cfg.trainer.moe.routing_replay not in ("auto", "engine"):
+        return None
+    found = [r.completion.routed_experts for r in group.rollouts]
+    present = [f for f in found if f is not None]
+    if len(present) < len(found):
+        if cfg.trainer.moe.routing_replay == "engine":
+            raise RedoneError(
+                f"{len(found) - len(present)} of {len(found)} responses to {group.prompt.id} carry no expert"
+                " choices: trainer.moe.routing_replay=engine needs an engine that returns them; use trainer"
+            )
+        return None
+    return [np.concatenate([f, f[-1:]]).astype(np.int16) for f in present]
+
+
+def _trajectory(rollout: Rollout, advantage: float, routes: RouteArray | None) -> Trajectory:
     completion = rollout.completion
     length = len(completion.token_ids)
     return Trajectory(
@@ -57,5 +83,6 @@ def _trajectory(rollout: Rollout, advantage: float) -> Trajectory:
         loss_mask=np.ones(length, dtype=np.bool_),
         advantages=np.full(length, advantage, dtype=np.float32),
         engine_logprobs=np.asarray(completion.logprobs, dtype=np.float32),
+        routes=routes,
         version=min((span.version for span in completion.versions), default=0),
     )

@@ -6,8 +6,8 @@ from typing import Any
 
 Case = tuple[str, str, dict[str, Any]]
 
-# name -> world size, model, (tensor, pipeline, expert, expert tensor)
-LAYOUTS: dict[str, tuple[int, str, tuple[int, int, int, int]]] = {
+# name -> world size, model, (tensor, pipeline, expert, expert tensor[, virtual pipeline])
+LAYOUTS: dict[str, tuple[int, str, tuple[int, ...]]] = {
     "dense TP1": (1, "dense", (1, 1, 1, 1)),
     "dense TP2": (2, "dense", (2, 1, 1, 1)),
     "dense PP2": (2, "dense", (1, 2, 1, 1)),
@@ -16,11 +16,19 @@ LAYOUTS: dict[str, tuple[int, str, tuple[int, int, int, int]]] = {
     "tied TP1": (1, "tied", (1, 1, 1, 1)),
     "tied PP2": (2, "tied", (1, 2, 1, 1)),
     "odd vocabulary TP2": (2, "odd", (2, 1, 1, 1)),
+    "llama3 positions TP1": (1, "llama3", (1, 1, 1, 1)),
     "MoE TP1": (1, "moe", (1, 1, 1, 1)),
     "MoE TP2xETP2": (2, "moe", (2, 1, 1, 2)),
     "MoE PP2": (2, "moe", (1, 2, 1, 1)),
     "MoE EP2": (2, "moe", (1, 1, 2, 1)),
     "MoE TP2xEP2": (4, "moe", (2, 1, 2, 1)),
+    "dense PP2xVPP2": (2, "dense", (1, 2, 1, 1, 2)),
+    "tied PP2xVPP2": (2, "tied", (1, 2, 1, 1, 2)),
+    "MoE PP2xVPP2": (2, "moe", (1, 2, 1, 1, 2)),
+    "MoE PP2xEP2": (4, "moe", (1, 2, 2, 1)),
+    "MoE TP2xPP2xEP2": (4, "moe", (2, 2, 2, 1)),
+    "MoE PP2xVPP2xEP2": (4, "moe", (1, 2, 2, 1, 2)),
+    "MoE TP2xETP2 DP2": (4, "moe", (2, 1, 1, 2)),
 }
 # Other ways to cut the same batch: name -> (layout, options). The budget is in tokens per micro-batch.
 CUTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -33,11 +41,28 @@ CUTS: dict[str, tuple[str, dict[str, Any]]] = {
     "MoE, one micro-batch": ("MoE TP1", {"budget": 400}),
     "MoE, no prefix sharing": ("MoE EP2", {"budget": 64, "sharing": False}),
     "MoE, recomputation": ("MoE EP2", {"recompute": "full"}),
+    "selective recomputation": ("dense TP1", {"recompute": "selective"}),
+    "virtual stages, micro-batches not a multiple": ("dense PP2xVPP2", {"budget": 64}),
+    "virtual stages, recomputation": ("MoE PP2xVPP2xEP2", {"recompute": "full"}),
 }
-TRAINED = ("dense TP1", "dense PP2", "tied PP2", "odd vocabulary TP2", "MoE EP2", "MoE TP2xEP2")
-EXPORTED = ("tied TP1", "tied PP2", "odd vocabulary TP2", "MoE TP2xETP2", "MoE PP2", "MoE TP2xEP2")
+TRAINED = (
+    "dense TP1", "dense PP2", "tied PP2", "odd vocabulary TP2", "MoE EP2", "MoE TP2xEP2", "MoE TP2xETP2",
+    "tied PP2xVPP2", "MoE PP2xVPP2xEP2", "MoE TP2xPP2xEP2",
+)  # fmt: skip
+EXPORTED = (
+    "MoE PP2xVPP2",
+    "tied TP1",
+    "tied PP2",
+    "odd vocabulary TP2",
+    "MoE TP2xETP2",
+    "MoE PP2",
+    "MoE TP2xEP2",
+)
 # (saved at, loaded at); both layouts have the same world size
-CHECKPOINTS = (("MoE TP2xEP2", "MoE TP2xEP2"), ("MoE TP2xEP2", "MoE PP2"), ("dense DP2", "dense PP2"))
+CHECKPOINTS = (
+    ("MoE TP2xEP2", "MoE TP2xEP2"), ("MoE TP2xEP2", "MoE PP2"), ("dense DP2", "dense PP2"),
+    ("MoE TP2xEP2", "MoE PP2xEP2"), ("MoE TP2xEP2", "MoE TP1"), ("MoE TP2xEP2", "MoE PP2xVPP2xEP2"),
+)  # fmt: skip
 
 
 def _cases(world: int) -> list[Case]:
@@ -82,6 +107,15 @@ CASES[1] += [
         {"kind": "moe", "save_layout": (1, 1, 1, 1), "load_layout": (1, 1, 1, 1), "steps": 0},
     ),
     ("refusals", "refusals", _ONE),
+    ("controls", "controls", _ONE),
+    ("replay", "replay", {"kind": "moe", "layout": (1, 1, 1, 1)}),
+    ("balanced", "balanced", {"kind": "moe", "layout": (1, 1, 1, 1)}),
+    ("balanced wrongly", "balanced", {"kind": "moe", "layout": (1, 1, 1, 1), "sabotage": True}),
+    (
+        "asynchronous checkpoint",
+        "checkpoint",
+        {"kind": "moe", "save_layout": (1, 1, 1, 1), "load_layout": (1, 1, 1, 1), "asynchronous": True},
+    ),
     *[
         (f"attention {dtype} {form}", "attention", {"dtype": dtype, "varlen": form == "varlen"})
         for dtype in ("float32", "bfloat16")
@@ -93,3 +127,27 @@ CASES[2] += [
     ("bf16", "bf16", {"kind": "moe", "layout": (1, 1, 2, 1)}),
     ("bf16 tied PP2", "bf16", {"kind": "tied", "layout": (1, 2, 1, 1)}),
 ]
+CASES[4] += [
+    ("replay PP2xVPP2xEP2", "replay", {"kind": "moe", "layout": (1, 2, 2, 1, 2)}),
+    ("replay TP2xEP2", "replay", {"kind": "moe", "layout": (2, 1, 2, 1)}),
+    ("routed TP2xEP2", "routed_gradients", {"kind": "moe", "layout": (2, 1, 2, 1)}),
+    (
+        "routed PP2xVPP2xEP2",
+        "routed_gradients",
+        {"kind": "moe", "layout": (1, 2, 2, 1, 2), "recompute": "full"},
+    ),
+    ("metrics TP2xEP2", "ratio", {"kind": "moe", "layout": (2, 1, 2, 1)}),
+    (
+        "asynchronous checkpoint TP2xEP2",
+        "checkpoint",
+        {"kind": "moe", "save_layout": (2, 1, 2, 1), "load_layout": (1, 2, 2, 1), "asynchronous": True},
+    ),
+]
+CASES[2] += [("balanced TP2xETP2", "balanced", {"kind": "moe", "layout": (2, 1, 1, 2)})]
+REAL = {
+    "qwen3_4b": 4_022_468_096,
+    "qwen3_8b": 8_190_735_360,
+    "qwen3_32b": 32_762_123_264,
+    "qwen3_30b_a3b": 30_532_122_624,
+}
+CASES[1] += [(f"meta {model}", "meta", {"model": model}) for model in REAL]

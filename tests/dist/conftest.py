@@ -16,11 +16,16 @@ from ranks import Group, run_cases
 
 from redone.data.tiny import make_tiny_model
 
+LLAMA3 = {
+    "rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}  # fmt: skip
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "dense": ("qwen3", {}),
     "moe": ("qwen3_moe", {}),
     "tied": ("llama", {"tie_word_embeddings": True}),
     "odd": ("qwen3", {"vocab_size": 127}),
+    "llama3": ("llama", {"rope_parameters": LLAMA3}),
 }
 
 

@@ -40,11 +40,11 @@ def compare(
     found = {}
     for name, options in HEADS.items():
         trainer = build(*where, entropy=0.1, kl=0.1, **options)
-        optim.zero_grad(trainer.model, trainer.optimizer)
+        optim.zero_grad(trainer.models, trainer.optimizer)
         algorithm = AlgorithmConfig.model_validate(trainer.cfg.algorithm.model_dump() | change)
         plain = patch.object(TokenLoss, "of", lambda *_: None) if name == "reference" else nullcontext()
         with plain, patch.object(launch, "INTERPRET", name == "fused"):
-            totals = forward_backward(trainer.model, cut(trainer), algorithm, TEMPERATURE)
+            totals = forward_backward(trainer.models, cut(trainer), algorithm, TEMPERATURE)
         found[name] = totals, gradients(trainer)
         trainer.close()
     want, exact = found.pop("reference")

@@ -37,6 +37,7 @@ def make_config(path: str, layout: list[int], tokens: int, **options: Any) -> Co
                     tensor=tensor, pipeline=pipeline, expert=expert, expert_tensor=expert_tensor
                 ),
                 "max_token_len_per_rank": tokens,
+                "self_check": False,
                 "recompute": options.get("recompute", "none"),
                 "head": {
                     "backend": options.get("head", "chunked"),
@@ -102,7 +103,7 @@ def peak_bytes(prof: profile, trace: Path) -> float:
 def count_routed(trainer: Any) -> list[int]:
     """Grows by the tokens that reach this rank's experts, once a layer and pass."""
     found: list[int] = []
-    for layer in trainer.module.decoder.layers:
+    for layer in trainer.modules[0].decoder.layers:
         if experts := getattr(layer.mlp, "experts", None):
             experts.register_forward_pre_hook(lambda _, inputs: found.append(inputs[0].shape[0]))
     return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from cases import CHECKPOINTS, CUTS, EXPORTED, LAYOUTS, TRAINED
+from cases import CHECKPOINTS, CUTS, EXPORTED, LAYOUTS, REAL, TRAINED
 from ranks import Group
 
 PARITY = 1e-5  # nat
@@ -165,3 +165,11 @@ def test_a_failed_export_leaves_nothing(world1: Group) -> None:
 
 def test_a_refused_step_changes_nothing(world1: Group) -> None:
     assert world1["refusals"]["unchanged"] == "True"
+
+
+@pytest.mark.parametrize("model", REAL)
+def test_real_models_have_the_published_size(world1: Group, model: str) -> None:
+    """The modules that train, on the meta device."""
+    found = world1[f"meta {model}"]
+    assert found["parameters"] == REAL[model] and found["device"] == ["meta"]
+    assert found["missing"] == [] and found["misshapen"] == []

@@ -1,9 +1,11 @@
-"""One rank of the distributed tests: `python worker.py job.json RANK`. Jobs name functions of this file."""
+"""One rank of the distributed tests: `python worker.py job.json RANK`. Jobs name functions of this file or of
+more.py. With REDONE_DUMP_AFTER=SECONDS in the environment a rank that hangs says where."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
+import faulthandler
 import json
 import os
 import pickle
@@ -28,7 +30,7 @@ from redone.trainer import build_trainer
 from redone.types import Batch, Shard
 
 launch.INTERPRET = False
-Layout = tuple[int, int, int, int]  # tensor, pipeline, expert, expert tensor
+Layout = tuple[int, ...]  # tensor, pipeline, expert, expert tensor, and virtual pipeline where it is not 1
 FOLDER = Path()
 
 
@@ -41,7 +43,7 @@ def model_folder(kind: str) -> Path:
 
 
 def make_config(path: str | Path, layout: Layout, **options: Any) -> Config:
-    """options: dtype, head, chunk, recompute, kl, budget, sharing, entropy."""
+    """options: dtype, head, chunk, recompute, kl, budget, sharing, entropy, moe, self_check, asynchronous."""
     return Config.model_validate(
         {
             "model": {"path": str(path), "dtype": options.get("dtype", "float32")},
@@ -54,7 +56,12 @@ def make_config(path: str | Path, layout: Layout, **options: Any) -> Config:
                 "entropy_coeff": options.get("entropy", 0.0),
             },
             "trainer": {
-                "parallel": dict(zip(("tensor", "pipeline", "expert", "expert_tensor"), layout, strict=True)),
+                "parallel": dict(
+                    zip(("tensor", "pipeline", "expert", "expert_tensor"), layout[:4], strict=True),
+                    virtual_pipeline=(*layout, 1)[4],
+                ),
+                "moe": options.get("moe", {}),
+                "self_check": options.get("self_check", True),
                 "optim": {
                     "lr": reference.LR,
                     "lr_warmup_steps": reference.WARMUP,
@@ -70,6 +77,7 @@ def make_config(path: str | Path, layout: Layout, **options: Any) -> Config:
                 | {"fuse_loss": options.get("fuse_loss", True)},
                 "timeout_s": 120.0,
             },
+            "checkpoint": {"asynchronous": options.get("asynchronous", False)},
             "cluster": {"gpus_per_node": dist.get_world_size()},
         }
     )
@@ -120,7 +128,8 @@ def full_gradients(trainer: Any) -> dict[str, torch.Tensor]:
     """
     from megatron.core.distributed.param_and_grad_buffer import shard_buffer
 
-    for group in trainer.model.bucket_groups + trainer.model.expert_parallel_bucket_groups:
+    groups = [g for m in trainer.models for g in (*m.bucket_groups, *m.expert_parallel_bucket_groups)]
+    for group in groups:
         data_parallel = group.intra_distributed_optimizer_instance_group
         for bucket in group.buckets:
             shards = shard_buffer(bucket.grad_data, data_parallel.size())
@@ -159,9 +168,9 @@ def gradients(kind: str, layout: Layout, **options: Any) -> dict[str, Any]:
 
     data = load_reference(kind)
     trainer = make_trainer(model_folder(kind), layout, **options)
-    optim.zero_grad(trainer.model, trainer.optimizer)
+    optim.zero_grad(trainer.models, trainer.optimizer)
     plan, shard = shard_of(trainer, data["batches"][0])
-    totals = forward_backward(trainer.model, shard, trainer.cfg.algorithm, 1.0)
+    totals = forward_backward(trainer.models, shard, trainer.cfg.algorithm, 1.0)
     ours = full_gradients(trainer)
     result: dict[str, Any] = {"loss": abs(totals.loss - data["loss"]), "microbatches": plan.num_microbatches}
     result["clipfrac"] = totals.metrics()["actor/pg_clipfrac"]
@@ -219,39 +228,21 @@ def export(kind: str, layout: Layout) -> dict[str, Any]:
     return result
 
 
-def publish(kind: str, layout: Layout) -> dict[str, Any]:
-    """The published bytes are the weights; digests and buckets cover all of them."""
-    from redone.weights.digest import digest
+def checkpoint(
+    kind: str, save_layout: Layout, load_layout: Layout, steps: int = 2, **options: Any
+) -> dict[str, Any]:
+    """`steps` steps, save, load in a fresh trainer, the rest: against the uninterrupted Hugging Face run.
 
+    An asynchronous save is followed by one more step, which must not reach the checkpoint.
+    """
     data = load_reference(kind)
-    trainer = make_trainer(model_folder(kind), layout)
-    plan = trainer.weight_plan(100_000)
-    location = str(FOLDER / f"channel-{kind}-{'-'.join(map(str, layout))}")
-    buckets = list(trainer.publish(location, 7))
-    result: dict[str, Any] = {"published": bool(buckets), "rank": dist.get_rank()}
-    if buckets:
-        raw = torch.from_numpy(np.fromfile(location, np.uint8))
-        wrong = []
-        digests = [d for b in buckets for d in b.digests]
-        for meta, expected in zip(plan.tensors, digests, strict=True):
-            part = raw[meta.offset : meta.offset + meta.nbytes].clone()
-            same = torch.equal(part.view(torch.float32).view(meta.shape), data["initial"][meta.name])
-            if not same or digest(part) != expected:
-                wrong.append(meta.name)
-        result |= {"wrong": wrong, "buckets": len(buckets), "versions": [b.version for b in buckets]}
-        result["names"] = sorted(m.name for m in plan.tensors) == sorted(data["initial"])
-    trainer.close()
-    return result
-
-
-def checkpoint(kind: str, save_layout: Layout, load_layout: Layout, steps: int = 2) -> dict[str, Any]:
-    """`steps` steps, save, load in a fresh trainer, the rest: against the uninterrupted Hugging Face run."""
-    data = load_reference(kind)
-    path = str(FOLDER / f"checkpoint-{'-'.join(map(str, (*save_layout, *load_layout)))}")
-    trainer = make_trainer(model_folder(kind), save_layout)
+    path = str(FOLDER / f"checkpoint-{'-'.join(map(str, (*save_layout, *load_layout)))}-{len(options)}")
+    trainer = make_trainer(model_folder(kind), save_layout, **options)
     for batch in data["batches"][:steps]:
         trainer.update(shard_of(trainer, batch)[1], trainer.cfg.algorithm)
     trainer.save(path)
+    if options:
+        trainer.update(shard_of(trainer, data["batches"][0])[1], trainer.cfg.algorithm)
     trainer.close()
     trainer = make_trainer(model_folder(kind), load_layout)
     trainer.load(path)
@@ -293,7 +284,7 @@ def bf16(kind: str, layout: Layout) -> dict[str, Any]:
         trainer.update(shard_of(trainer, b)[1], trainer.cfg.algorithm).grad_norm for b in data["batches"]
     ]
     result["norms"] = norms
-    result["dtype"] = sorted({str(p.dtype) for p in trainer.module.parameters()})
+    result["dtype"] = sorted({str(p.dtype) for m in trainer.modules for p in m.parameters()})
     trainer.close()
     return result
 
@@ -379,13 +370,18 @@ def main() -> None:
     job, rank = json.loads(Path(sys.argv[1]).read_text()), int(sys.argv[2])
     FOLDER = Path(job["folder"])
     torch.set_num_threads(1)
+    if delay := os.environ.get("REDONE_DUMP_AFTER"):
+        faulthandler.dump_traceback_later(float(delay), exit=True)
     dist.init_process_group(
         "gloo", init_method=f"tcp://127.0.0.1:{job['port']}", rank=rank, world_size=job["world"]
     )
+    sys.modules["worker"] = sys.modules["__main__"]
+    import more
+
     results = {}
     for name, function, arguments in job["cases"]:
         start = time.monotonic()
-        results[name] = globals()[function](**arguments)
+        results[name] = (globals().get(function) or getattr(more, function))(**arguments)
         dist.barrier()
         close_groups()
         sys.stdout.write(f"{time.monotonic() - start:6.2f} s  {name}\n")

@@ -105,7 +105,7 @@ async def norm_epsilon(engine: Any, layer: int, value: float) -> float:
 
 def trainer_mlp_epsilon(trainer: Any, layer: int, value: float) -> float | None:
     """The same for the norm before a trainer's MLP, on the rank that has the layer."""
-    for one in trainer.module.decoder.layers:
+    for one in (layer for module in trainer.modules for layer in module.decoder.layers):
         if one.layer_number - 1 == layer:
             old, one.pre_mlp_layernorm.eps = one.pre_mlp_layernorm.eps, value
             return old

@@ -9,11 +9,16 @@ import pytest
 
 from redone.config.schema import ParallelConfig
 from redone.layout import (
+    Llama3Rope,
     ModelShape,
     check_layout,
     data_parallel_size,
     expert_data_parallel_size,
+    layer_ranges,
+    nearest_layout,
     padded_vocab,
+    token_costs,
+    violations,
 )
 
 DENSE_CONFIG: dict[str, Any] = {
@@ -78,6 +83,15 @@ def test_what_we_cannot_reproduce_is_refused(change: dict[str, Any], words: str)
         ModelShape.from_hf({**DENSE_CONFIG, **change})
 
 
+def test_llama3_positions_are_read() -> None:
+    rope = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    rope["original_max_position_embeddings"] = 8192
+    found = ModelShape.from_hf({**DENSE_CONFIG, "rope_scaling": rope})
+    assert found.rope_scaling == Llama3Rope(
+        factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_positions=8192
+    )
+
+
 def test_sizes() -> None:
     assert data_parallel_size(sizes(2, 2), 16) == 4
     assert expert_data_parallel_size(sizes(2, 2, 4), 16) == 2
@@ -124,3 +138,48 @@ def test_illegal_layouts_name_key_value_and_remedy(
 def test_every_violation_is_reported() -> None:
     broken = dataclasses.replace(MOE, num_layers=47)
     assert len(check_layout(sizes(3, 2, 5), 30, broken)) >= 4
+
+
+def test_layers_of_chunks_follow_megatrons_order() -> None:
+    assert layer_ranges(8, 2, 1) == [[range(0, 4)], [range(4, 8)]]
+    assert layer_ranges(8, 2, 2) == [[range(0, 2), range(4, 6)], [range(2, 4), range(6, 8)]]
+
+
+@pytest.mark.parametrize(
+    ("layout", "words"),
+    [
+        (ParallelConfig(context=2), ("context=2", "not supported", "use 1")),
+        (ParallelConfig(virtual_pipeline=2), ("virtual_pipeline=2", "pipeline > 1")),
+        (
+            ParallelConfig(pipeline=2, virtual_pipeline=5, expert=4),
+            ("2 x 5", "layers (48)", "1, 2, 3, 4, 6, 8"),
+        ),
+    ],
+)
+def test_chunks_and_context(layout: ParallelConfig, words: tuple[str, ...]) -> None:
+    messages = check_layout(layout, 8, MOE)
+    assert any(all(word in message for word in words) for message in messages), messages
+
+
+@pytest.mark.parametrize(
+    ("layout", "world", "model", "nearest"),
+    [
+        (sizes(8, 1, 8), 8, MOE, "{tensor: 4, expert: 8}"),  # 4 key/value heads
+        (sizes(2), 2, MOE, "{tensor: 2, expert_tensor: 2}"),
+        (sizes(2), 4, DENSE, "{tensor: 1}"),  # 9 heads, 3 key/value heads: no tensor parallelism on 4 ranks
+        (sizes(1, 4), 6, DENSE, "{tensor: 1, pipeline: 3}"),
+        (ParallelConfig(context=4, tensor=2, expert=4), 8, MOE, "{tensor: 2, expert: 4}"),
+    ],
+)
+def test_the_nearest_legal_layout_is_proposed(
+    layout: ParallelConfig, world: int, model: ModelShape, nearest: str
+) -> None:
+    assert check_layout(layout, world, model)[-1].endswith(f"nearest legal layout is {nearest}")
+    found = nearest_layout(layout, world, model)
+    assert found is not None and violations(found, world, model) == []
+
+
+def test_token_costs_of_the_flagship() -> None:
+    row, pair = token_costs(MOE)
+    assert pair == pytest.approx(1.68e-4, rel=0.01)
+    assert row == pytest.approx(2 * 49152 * 2048 / (2 * 48 * 56_885_248), rel=0.01)

@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from redone.algo.loss import LossInputs, policy_loss
+from redone.algo.loss import LossInputs, policy_loss, with_effective_sample_size
 from redone.config.schema import (
     AlgorithmConfig,
     CispoLoss,
@@ -319,6 +319,29 @@ def test_importance_weights_carry_no_gradient_and_are_reported():
     lifted = dataclasses.replace(inputs, engine_logprobs=inputs.engine_logprobs.clone().requires_grad_())
     policy_loss(lifted, algorithm, *denominators(inputs)).loss.backward()
     assert lifted.engine_logprobs.grad is None
+
+
+def test_mismatch_metrics_match_their_definitions():
+    """KL(engine || trainer) as k1 and k3, |dlogp|, effective sample size; over loss tokens, however cut."""
+    inputs = make_inputs(5)
+    over = denominators(inputs)
+    parts = [policy_loss(cut(inputs, c), AlgorithmConfig(), *over) for c in ([0, 1], [2, 3])]
+    sums = {name: sum(p.sums[name].item() for p in parts) for name in parts[0].sums}
+    found = with_effective_sample_size(sums)
+    rows = inputs.loss_mask.nonzero()[:, 0].tolist()
+    gaps = [(inputs.old_logprobs[j] - inputs.engine_logprobs[j]).item() for j in rows]
+    weights = [math.exp(d) for d in gaps]
+    n = len(rows)
+    assert found["training/rollout_kl_k1"] == pytest.approx(-sum(gaps) / n)
+    assert found["training/rollout_kl_k3"] == pytest.approx(
+        sum(w - d - 1 for w, d in zip(weights, gaps, strict=True)) / n
+    )
+    assert found["training/rollout_logprobs_diff_mean"] == pytest.approx(sum(map(abs, gaps)) / n)
+    assert found["training/rollout_ess"] == pytest.approx(
+        sum(weights) ** 2 / (n * sum(w * w for w in weights))
+    )
+    assert 0 < found["training/rollout_ess"] < 1
+    assert not any("square" in name for name in found)
 
 
 def test_an_extreme_ratio_stays_finite():

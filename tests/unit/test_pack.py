@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
-from redone.data.pack import build_shards, pack, plan_step, scatter_rows
+from redone.data.pack import (
+    build_shards,
+    pack,
+    pad_row,
+    plan_step,
+    scatter_routes,
+    scatter_rows,
+    token_ratio,
+)
 from redone.errors import TrainerError
 from redone.types import Batch, Piece, StepPlan, TrainGroup, Trajectory
 
@@ -165,3 +175,63 @@ def test_some_trajectories_without_old_logprobs_are_refused() -> None:
     assert pack(filled, pieces, 1).old_logprobs is not None
     with pytest.raises(TrainerError, match="1 of 2"):
         pack(mixed, pieces, 1)
+
+
+def routed(batch: Batch) -> Batch:
+    """Every token's routes are its own number: [1, 2] layers x choices filled with a running count."""
+    count = 0
+    groups = []
+    for group in batch.groups:
+        spans = [len(group.prompt_ids), *(len(t.token_ids) for t in group.trajectories)]
+        parts = []
+        for n in spans:
+            parts.append(np.arange(count, count + n, dtype=np.int16)[:, None, None].repeat(2, 2))
+            count += n
+        members = zip(group.trajectories, parts[1:], strict=True)
+        groups.append(
+            dataclasses.replace(
+                group,
+                prompt_routes=parts[0],
+                trajectories=tuple(dataclasses.replace(t, routes=r) for t, r in members),
+            )
+        )
+    return Batch.of(groups)
+
+
+def test_routes_follow_their_tokens_through_any_cut() -> None:
+    plain = make_batch(RAGGED)
+    given = routed(plain)
+    for dp, budget, sharing in ((1, 10_000, True), (2, 80, True), (3, 60, False)):
+        plan = plan_step(given, dp, budget, sharing)
+        shards = build_shards(given, plan, pad_multiple=4)
+        found = scatter_routes(plain, plan, [[m.routes for m in s.microbatches] for s in shards])
+        for a, b in zip(found.groups, given.groups, strict=True):
+            assert np.array_equal(a.prompt_routes, b.prompt_routes)
+            for x, y in zip(a.trajectories, b.trajectories, strict=True):
+                assert np.array_equal(x.routes, y.routes)
+
+
+def test_some_tokens_without_routes_are_refused() -> None:
+    given = routed(make_batch([(3, [2]), (4, [3])]))
+    lost = dataclasses.replace(given.groups[1], prompt_routes=None)
+    pieces = [Piece(group=0, samples=(0,)), Piece(group=1, samples=(0,))]
+    with pytest.raises(TrainerError, match="1 of 4"):
+        pack(dataclasses.replace(given, groups=(given.groups[0], lost)), pieces, 1)
+
+
+def test_a_padded_row_is_the_row_with_padding() -> None:
+    given = routed(make_batch([(3, [2, 2])]))
+    row = pack(given, [Piece(group=0, samples=(0, 1))], 1)
+    padded = pad_row(row, 12)
+    assert pad_row(row, 7) is row
+    assert len(padded.token_ids) == len(padded.positions) == len(padded.routes) == 12
+    assert padded.token_weight.tolist() == [2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0, 0]
+    assert (padded.segments[-1].start, padded.segments[-1].length) == (7, 5)
+    assert np.array_equal(padded.rows, row.rows)
+    assert padded.routes[-1].tolist() == [[0, 1]]
+
+
+def test_token_ratio_counts_the_plan() -> None:
+    batch = make_batch([(100, [5] * 8)])
+    assert token_ratio(batch, plan_step(batch, 1, 1000, True)) == 840 / 140
+    assert token_ratio(batch, plan_step(batch, 1, 1000, False)) == 1.0

@@ -72,6 +72,9 @@ class PackedRow(PackedSeqParams):
     temperature: float = 1.0
     entropy: Literal["none", "value", "grad"] = "none"
     loss: LossRows | None = None  # where the head may make the loss's gradient itself
+    token_weight: Tensor | None = None  # [T] fp32, multiplicity in the unshared batch
+    routes: Tensor | None = None  # [T, L, K] int16, expert choices to repeat
+    record: bool = False  # keep the router's choices
 
 
 def make_plan(segments: Sequence[Segment], device: torch.device) -> AttentionPlan:

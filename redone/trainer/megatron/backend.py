@@ -12,21 +12,22 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from megatron.core.transformer.moe.router_replay import RouterReplay
 from torch import Tensor
 
 from redone.config.schema import AlgorithmConfig, Config
 from redone.errors import ConfigError, TrainerError
-from redone.layout import check_layout
-from redone.trainer.megatron import checkpoint, optim
+from redone.layout import check_layout, token_costs
+from redone.trainer.megatron import checkpoint, moe, optim, self_check
 from redone.trainer.megatron.convert import load_weights, read_shape
 from redone.trainer.megatron.device import on_cpu, on_device, prepare
 from redone.trainer.megatron.export import Exporter, write_folder
-from redone.trainer.megatron.model import build_module, transformer_config, wrap
+from redone.trainer.megatron.model import build_modules, transformer_config, unwrap, wrap
 from redone.trainer.megatron.names import hf_tensors
 from redone.trainer.megatron.publish import Publisher
 from redone.trainer.megatron.step import forward_backward, forward_logprobs
 from redone.trainer.megatron.streams import residual_streams
-from redone.types import FloatArray, Policy, Shard, UpdateReport, WeightBucket, WeightPlan
+from redone.types import FloatArray, Policy, RouteArray, Shard, UpdateReport, WeightBucket, WeightPlan
 from redone.weights.plan import make_plan
 
 log = logging.getLogger(__name__)
@@ -52,13 +53,16 @@ class MegatronTrainer:
         self._owns_group = not dist.is_initialized()
         self._join(init_method)
         trainer = cfg.trainer
-        self.config = transformer_config(self.shape, trainer.parallel, self.dtype, trainer.recompute)
-        self.module = build_module(self.shape, self.config, trainer)
-        load_weights(self.module, self.shape, cfg.model.path)
+        self.config = transformer_config(self.shape, trainer, self.dtype)
+        RouterReplay.clear_global_router_replay_instances()
+        self.modules = build_modules(self.shape, self.config, trainer)
+        load_weights(self.modules, self.shape, cfg.model.path)
         self.reference = self._copy_parameters() if cfg.algorithm.kl.coef > 0 else None
-        self.model = wrap(self.module, self.config)
-        self.optimizer = optim.build_optimizer(self.model, self.config, trainer.optim, self.dtype)
-        self.exporter = Exporter(self.module, self.shape)
+        self.models = wrap(self.modules, self.config)
+        self.optimizer = optim.build_optimizer(self.models, self.config, trainer.optim, self.dtype)
+        self.exporter = Exporter(self.modules, self.shape)
+        self.saver = checkpoint.Saver(asynchronous=cfg.checkpoint.asynchronous)
+        self.checked = not (trainer.prefix_sharing and trainer.self_check)
         self.updates = 0
         self.lr_step: int | None = None
         self.plan: WeightPlan | None = None
@@ -66,6 +70,7 @@ class MegatronTrainer:
 
     def _join(self, init_method: str) -> None:
         parallel = self.cfg.trainer.parallel
+        virtual = parallel.virtual_pipeline
         if self._owns_group:
             if self.cfg.cluster.nodes == 1:
                 os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
@@ -81,6 +86,7 @@ class MegatronTrainer:
             pipeline_model_parallel_size=parallel.pipeline,
             expert_model_parallel_size=parallel.expert,
             expert_tensor_parallel_size=parallel.expert_tensor,
+            virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None,
         )
         model_parallel_cuda_manual_seed(self.cfg.trainer.determinism_seed)
 
@@ -95,19 +101,20 @@ class MegatronTrainer:
             "tp_rank": parallel_state.get_tensor_model_parallel_rank(),
             "pp_rank": parallel_state.get_pipeline_model_parallel_rank(),
             "vocab_size": self.shape.vocab,
-            "parameters": sum(p.numel() for p in self.module.parameters()),
+            "parameters": sum(p.numel() for p in self._parameters()),
+            "cost": token_costs(self.shape),
         }
 
     @on_device
     def logprobs(self, shard: Shard, policy: Policy, temperature: float) -> list[FloatArray] | None:
         """See redone.api. Raises TrainerError for policy "reference" when algorithm.kl.coef is 0."""
         if policy == "actor":
-            return forward_logprobs(self.model, shard, temperature)
+            return forward_logprobs(self.models, shard, temperature)
         if self.reference is None:
             raise TrainerError("no reference policy is kept: set algorithm.kl.coef > 0")
         self._swap_reference()
         try:
-            return forward_logprobs(self.model, shard, temperature)
+            return forward_logprobs(self.models, shard, temperature)
         finally:
             self._swap_reference()
 
@@ -115,22 +122,56 @@ class MegatronTrainer:
     def streams(self, shard: Shard) -> dict[str, FloatArray] | None:
         """See redone.api."""
         return residual_streams(
-            self.module,
+            self.modules,
             shard,
-            lambda: forward_logprobs(self.model, shard, 1.0),
+            lambda: forward_logprobs(self.models, shard, 1.0),
             self.config.sequence_parallel,
         )
 
     @on_device
+    def logprobs_and_routes(
+        self, shard: Shard, temperature: float
+    ) -> tuple[list[FloatArray], list[RouteArray]] | None:
+        """`logprobs` of the actor, and [T, L, K] expert choices per micro-batch, to repeat in updates (R2).
+
+        None on the ranks without output. Raises TrainerError for a dense model and with routing replay off.
+        """
+        if not self.config.moe_enable_routing_replay or not self.shape.num_experts:
+            raise TrainerError(
+                "routes need a mixture-of-experts model and trainer.moe.routing_replay not off"
+            )
+        per_chunk: dict[int, list[dict[int, RouteArray]]] = {}
+
+        def keep(module: torch.nn.Module) -> None:
+            inner = unwrap(module)
+            per_chunk.setdefault(inner.vp_stage or 0, []).append(moe.recorded_routes(inner))
+
+        rows = forward_logprobs(self.models, shard, temperature, after=keep)
+        count = len(shard.microbatches)
+        merged: list[dict[int, RouteArray]] = [{} for _ in range(count)]
+        for found in per_chunk.values():
+            for target, layers in zip(merged, found[:count], strict=True):
+                target |= layers
+        routes = moe.join_stages(merged, self.shape.num_layers)
+        return None if rows is None or routes is None else (rows, routes)
+
+    @on_device
     def update(self, shard: Shard, algorithm: AlgorithmConfig) -> UpdateReport:
         """One optimizer step. Raises TrainerError, before anything changed, when the loss is not finite."""
-        optim.zero_grad(self.model, self.optimizer)
         # Supervised targets come from no sampler: their distribution is the model's own, at temperature 1.
         temperature = 1.0 if algorithm.loss.type == "sft" else self.cfg.rollout.temperature
-        totals = forward_backward(self.model, shard, algorithm, temperature)
+        if not self.checked:
+            self_check.compare(self.models, shard, temperature, self.dtype)
+            self.checked = True
+        optim.zero_grad(self.models, self.optimizer)
+        totals = forward_backward(self.models, shard, algorithm, temperature)
         lr = optim.learning_rate(self._rollout_step(), self.cfg.trainer.optim, algorithm.total_steps)
         applied, norm = optim.apply(self.optimizer, lr, self.cfg.trainer.optim.weight_decay)
         self.updates += 1
+        if self.shape.num_experts:
+            totals.maxima |= moe.load_metrics(self.modules, self.shape.num_layers)
+            if aux := moe.take_aux_loss(self.config):
+                totals.maxima["moe/aux_loss"] = aux
         metrics = {**totals.metrics(), "actor/loss": totals.loss, "actor/grad_norm": norm, "actor/lr": lr}
         return UpdateReport(loss=totals.loss, grad_norm=norm, lr=lr, skipped=not applied, metrics=metrics)
 
@@ -163,20 +204,24 @@ class MegatronTrainer:
 
     @on_device
     def save(self, path: str) -> None:
+        """With checkpoint.asynchronous the states are copied here and written in a thread."""
         meta = checkpoint.Meta(updates=self.updates, lr_step=self.lr_step, layout=self._layout())
-        checkpoint.save(path, self.module, self.optimizer, meta)
+        self.saver.save(path, self.modules, self.optimizer, meta)
 
     @on_device
     def load(self, path: str) -> None:
-        meta = checkpoint.load(path, self.module, self.optimizer, self._layout())
+        self.saver.wait()
+        meta = checkpoint.load(path, self.modules, self.optimizer, self._layout())
         self.updates, self.lr_step = meta.updates, meta.lr_step
 
     def _layout(self) -> str:
         p = self.cfg.trainer.parallel
-        return f"world{self.world} tp{p.tensor} pp{p.pipeline} ep{p.expert} etp{p.expert_tensor}"
+        chunks = f" vpp{p.virtual_pipeline}" if p.virtual_pipeline > 1 else ""
+        return f"world{self.world} tp{p.tensor} pp{p.pipeline} ep{p.expert} etp{p.expert_tensor}{chunks}"
 
     @on_device
     def export(self, path: str) -> None:
+        self.saver.wait()
         write_folder(self.exporter, self.cfg.model.path, path)
 
     def sleep(self) -> None:
@@ -191,18 +236,22 @@ class MegatronTrainer:
         """Leave the process group. The trainer cannot be used afterwards."""
         if self.publisher is not None:
             self.publisher.close()
+        self.saver.wait()
         parallel_state.destroy_model_parallel()
         if self._owns_group and dist.is_initialized():
             dist.destroy_process_group()
 
+    def _parameters(self) -> Iterator[torch.nn.Parameter]:
+        return (p for module in self.modules for p in module.parameters())
+
     def _copy_parameters(self) -> list[Tensor]:
-        return [p.detach().to("cpu", copy=True) for p in self.module.parameters()]
+        return [p.detach().to("cpu", copy=True) for p in self._parameters()]
 
     @torch.no_grad()
     def _swap_reference(self) -> None:
         """Exchange the model's parameters with the kept copy, one at a time."""
         assert self.reference is not None
-        for parameter, kept in zip(self.module.parameters(), self.reference, strict=True):
+        for parameter, kept in zip(self._parameters(), self.reference, strict=True):
             current = parameter.detach().to("cpu", copy=True)
             parameter.copy_(kept)
             kept.copy_(current)

@@ -5,9 +5,11 @@ The format is independent of the parallel layout (`fully_reshardable`): a checkp
 
 from __future__ import annotations
 
+import functools
 import json
 import random
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.core import CheckpointingException
-from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedStateDict
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedStateDict, ShardedTensor
 from megatron.core.dist_checkpointing.strategies.torch import (
     MCoreSavePlanner,
     TorchDistSaveShardedStrategy,
@@ -33,6 +35,7 @@ from redone.trainer.megatron.device import device
 from redone.trainer.megatron.optim import inner_optimizers
 
 META = "redone.json"
+WRITING = ".writing"  # there while an asynchronous save is under way
 FORMAT = 1
 
 
@@ -47,19 +50,78 @@ class Meta:
 
 
 class InProcessSave(TorchDistSaveShardedStrategy):
-    """Megatron's own writer forks and spawns processes: unsafe beside gloo's threads and under Ray."""
+    """Megatron's own writer forks and spawns processes: unsafe beside gloo's threads and under Ray.
+
+    With a process group, `save` copies the tensors and leaves the writing to `write`, which may run in a
+    thread: its collectives use that group alone.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None) -> None:
+        super().__init__("torch_dist", 1)
+        self.group = group
+        self.write: Callable[[], Any] | None = None
 
     def save(self, sharded_state_dict: ShardedStateDict, checkpoint_dir: Path) -> None:
         state, _, _ = _replace_state_dict_keys_with_sharded_keys(
             sharded_state_dict, self.keep_only_main_replica
         )
-        dcp.save(
+        if self.group is not None:
+            for shard in (s for shards in state.values() for s in shards if isinstance(s, ShardedTensor)):
+                shard.data = None if shard.data is None else shard.data.detach().to("cpu", copy=True)
+        write = functools.partial(
+            dcp.save,
             mcore_to_pyt_state_dict(state, False),
             storage_writer=dcp.FileSystemWriter(checkpoint_dir, thread_count=1),
             planner=MCoreSavePlanner(
                 dedup_replicated_tensors=not self.keep_only_main_replica, flatten_state_dict=False
             ),
+            process_group=self.group,
         )
+        if self.group is None:
+            write()
+        else:
+            self.write = write
+
+
+class Saver:
+    """Saves, at once or in a thread. At most one write is under way; its failure is raised by `wait`."""
+
+    def __init__(self, asynchronous: bool) -> None:
+        self.group = dist.new_group(backend="gloo") if asynchronous else None
+        self.thread: threading.Thread | None = None
+        self.path = ""
+        self.failure: str | None = None
+
+    def save(self, path: str, modules: Sequence[torch.nn.Module], optimizer: Any, meta: Meta) -> None:
+        """Collective. While `path`/WRITING exists the checkpoint is incomplete. Raises TrainerError."""
+        self.wait()
+        self.path = path
+        strategy = InProcessSave(self.group)
+        save(path, modules, optimizer, meta, strategy)
+        if strategy.write is not None:
+            self.thread = threading.Thread(target=self._write, args=(strategy.write,), name="checkpoint")
+            self.thread.start()
+
+    def _write(self, write: Callable[[], Any]) -> None:
+        try:
+            write()
+            dist.barrier(group=self.group)
+            if dist.get_rank() == 0:
+                (Path(self.path) / WRITING).unlink()
+        except (CheckpointException, OSError, RuntimeError) as error:
+            self.failure = f"{type(error).__name__}: {error}"
+
+    def wait(self) -> None:
+        """Until the write under way is complete. Collective; raises TrainerError everywhere if it failed."""
+        if self.group is None or self.thread is None:
+            return
+        self.thread.join()
+        self.thread = None
+        failures: list[str | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(failures, self.failure)
+        self.failure = None
+        if found := [f for f in failures if f is not None]:
+            raise TrainerError(f"cannot save to {self.path}: {found[0]}")
 
 
 def _metadata() -> dict[str, Any]:
@@ -70,10 +132,15 @@ def _metadata() -> dict[str, Any]:
     }
 
 
-def _state(module: torch.nn.Module, optimizer: Any, rng: bool, is_loading: bool) -> ShardedStateDict:
-    """`module` is the unwrapped one: the wrappers would prefix every key."""
+def _state(
+    modules: Sequence[torch.nn.Module], optimizer: Any, rng: bool, is_loading: bool
+) -> ShardedStateDict:
+    """`modules` are unwrapped: the wrappers would prefix every key."""
     metadata = _metadata()
-    state: ShardedStateDict = {"model": module.sharded_state_dict(prefix="", metadata=metadata)}
+    state: ShardedStateDict = {
+        f"model{i}": module.sharded_state_dict(prefix="", metadata=metadata)  # type: ignore[operator]
+        for i, module in enumerate(modules)
+    }
     state["optimizer"] = optimizer.sharded_state_dict(state, is_loading=is_loading, metadata=metadata)
     if rng:
         state["rng"] = ShardedObject(
@@ -82,13 +149,17 @@ def _state(module: torch.nn.Module, optimizer: Any, rng: bool, is_loading: bool)
     return state
 
 
-def save(path: str, module: torch.nn.Module, optimizer: Any, meta: Meta) -> None:
+def save(
+    path: str, modules: Sequence[torch.nn.Module], optimizer: Any, meta: Meta, strategy: InProcessSave
+) -> None:
     """Collective. `path` is created; making the whole folder atomic is the caller's. Raises TrainerError."""
     folder = Path(path)
     failure: list[str | None] = [None]
     if dist.get_rank() == 0:
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            if strategy.group is not None:
+                (folder / WRITING).touch()
         except OSError as error:
             failure = [str(error)]
     dist.broadcast_object_list(failure, src=0)
@@ -96,9 +167,7 @@ def save(path: str, module: torch.nn.Module, optimizer: Any, meta: Meta) -> None
         raise TrainerError(f"cannot save to {path}: {failure[0]}")
     _fill_optimizer_state(optimizer)
     try:
-        dist_checkpointing.save(
-            _state(module, optimizer, rng=True, is_loading=False), path, InProcessSave("torch_dist", 1)
-        )
+        dist_checkpointing.save(_state(modules, optimizer, rng=True, is_loading=False), path, strategy)
         if dist.get_rank() == 0:
             (folder / META).write_text(json.dumps(asdict(meta)) + "\n")
     except CheckpointException as error:
@@ -109,16 +178,17 @@ def save(path: str, module: torch.nn.Module, optimizer: Any, meta: Meta) -> None
     dist.barrier()
 
 
-def load(path: str, module: torch.nn.Module, optimizer: Any, layout: str) -> Meta:
+def load(path: str, modules: Sequence[torch.nn.Module], optimizer: Any, layout: str) -> Meta:
     """Collective; the parallel layout may differ from the one that saved. Raises TrainerError."""
     meta = _read_meta(Path(path))
     rng = meta.layout == layout
     _fill_optimizer_state(optimizer)
     try:
-        state = dist_checkpointing.load(_state(module, optimizer, rng=rng, is_loading=True), path)
+        state = dist_checkpointing.load(_state(modules, optimizer, rng=rng, is_loading=True), path)
     except (CheckpointingException, CheckpointException, OSError) as error:
         raise TrainerError(f"cannot load {path}: {error}") from error
-    module.load_state_dict(state["model"])
+    for i, module in enumerate(modules):
+        module.load_state_dict(state[f"model{i}"])
     _load_optimizer(optimizer, state["optimizer"])
     if rng:
         _set_rng_state(state["rng"])
@@ -126,6 +196,8 @@ def load(path: str, module: torch.nn.Module, optimizer: Any, layout: str) -> Met
 
 
 def _read_meta(folder: Path) -> Meta:
+    if (folder / WRITING).exists():
+        raise TrainerError(f"{folder} is not a complete trainer checkpoint: its writing was interrupted")
     try:
         values = json.loads((folder / META).read_text())
         meta = Meta(**values)

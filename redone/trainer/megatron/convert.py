@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Container
+from collections.abc import Container, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from redone.errors import ModelError
-from redone.layout import ModelShape
+from redone.layout import ModelShape, layer_ranges
 from redone.trainer.megatron.names import Rule, local_name, rules, to_shard
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -97,20 +97,23 @@ def check_names(weights: Weights, shape: ModelShape) -> None:
         )
 
 
-def _owned(rule: Rule, names: Container[str], shape: ModelShape) -> bool:
-    """Whether this rank holds (a part of) the rule's tensor; `names` are its parameters."""
+def _owned(rule: Rule, names: Container[str], layers: range, shape: ModelShape) -> bool:
+    """Whether a chunk with these layers holds (a part of) the rule's tensor; `names` are its parameters."""
     if rule.layer is None:
         return rule.mcore in names
-    ranges = [(rule.layer, layer_range(shape))]
-    if rule.expert is not None:
-        ranges.append((rule.expert, expert_range(shape)))
-    return all(first <= index < first + count for index, (first, count) in ranges)
+    if rule.layer not in layers:
+        return False
+    if rule.expert is None:
+        return True
+    first, count = expert_range(shape)
+    return first <= rule.expert < first + count
 
 
-def layer_range(shape: ModelShape) -> tuple[int, int]:
-    """(first layer, number of layers) of this pipeline stage."""
-    count = shape.num_layers // parallel_state.get_pipeline_model_parallel_world_size()
-    return parallel_state.get_pipeline_model_parallel_rank() * count, count
+def chunk_layers(shape: ModelShape) -> list[range]:
+    """The layers of each chunk of this pipeline stage."""
+    stages = parallel_state.get_pipeline_model_parallel_world_size()
+    chunks = parallel_state.get_virtual_pipeline_model_parallel_world_size() or 1
+    return layer_ranges(shape.num_layers, stages, chunks)[parallel_state.get_pipeline_model_parallel_rank()]
 
 
 def expert_range(shape: ModelShape) -> tuple[int, int]:
@@ -132,24 +135,25 @@ def tensor_group(rule: Rule) -> tuple[int, int]:
     )
 
 
-def local_parameters(module: torch.nn.Module, shape: ModelShape) -> dict[str, torch.nn.Parameter]:
-    """Global Megatron name -> this rank's parameter, for every rule it owns."""
-    named = dict(module.named_parameters())
-    names = set(named)
-    first_layer, first_expert = layer_range(shape)[0], expert_range(shape)[0] if shape.num_experts else 0
-    found = {}
-    for rule in rules(shape):
-        if _owned(rule, names, shape):
-            found[rule.mcore] = named.pop(local_name(rule, first_layer, first_expert))
-    if named:
-        raise ModelError(f"the name table does not cover {sorted(named)[0]}")
-    return found
+def local_parameters(modules: Sequence[torch.nn.Module], shape: ModelShape) -> dict[str, torch.nn.Parameter]:
+    """Global Megatron name -> this rank's parameter, for every rule it owns, in export order."""
+    first_expert = expert_range(shape)[0] if shape.num_experts else 0
+    found: dict[str, torch.nn.Parameter] = {}
+    for module, layers in zip(modules, chunk_layers(shape), strict=True):
+        named = dict(module.named_parameters())
+        names = set(named)
+        for rule in rules(shape):
+            if _owned(rule, names, layers, shape):
+                found[rule.mcore] = named.pop(local_name(rule, layers.start, first_expert))
+        if named:
+            raise ModelError(f"the name table does not cover {sorted(named)[0]}")
+    return {rule.mcore: found[rule.mcore] for rule in rules(shape) if rule.mcore in found}
 
 
 @torch.no_grad()
-def load_weights(module: torch.nn.Module, shape: ModelShape, folder: str | Path) -> None:
+def load_weights(modules: Sequence[torch.nn.Module], shape: ModelShape, folder: str | Path) -> None:
     """Fill every parameter of this rank. Raises ModelError naming the tensor that is missing or misshapen."""
-    parameters = local_parameters(module, shape)
+    parameters = local_parameters(modules, shape)
     with Weights(folder) as weights:
         check_names(weights, shape)
         for rule in rules(shape):

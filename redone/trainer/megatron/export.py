@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from redone.errors import ModelError
-from redone.layout import ModelShape
+from redone.layout import ModelShape, layer_ranges
 from redone.trainer.megatron.convert import INDEX, SINGLE, local_parameters, tensor_group
 from redone.trainer.megatron.names import Rule, from_shards, hf_tensors, rules, shard_shape
 
@@ -50,15 +50,18 @@ def _own_place() -> Place:
 class Exporter:
     """Streams the full model to rank 0. Construction and iteration are collective."""
 
-    def __init__(self, module: torch.nn.Module, shape: ModelShape) -> None:
+    def __init__(self, modules: Sequence[torch.nn.Module], shape: ModelShape) -> None:
         self.shape = shape
-        self.parameters = local_parameters(module, shape)
+        self.parameters = local_parameters(modules, shape)
         self.rules = tuple(r for r in rules(shape) if not r.alias)
         places: list[Place | None] = [None] * dist.get_world_size()
         dist.all_gather_object(places, _own_place())
         self.places = [p for p in places if p is not None]
         self.received_bytes = 0  # from other ranks, since construction
         self.stages = parallel_state.get_pipeline_model_parallel_world_size()
+        chunks = parallel_state.get_virtual_pipeline_model_parallel_world_size() or 1
+        ranges = layer_ranges(shape.num_layers, self.stages, chunks)
+        self.stage_of = {i: s for s, parts in enumerate(ranges) for part in parts for i in part}
         self.expert_ranks = parallel_state.get_expert_model_parallel_world_size()
 
     def stream(self, bucket_bytes: int, skip: Container[str] = ()) -> Iterator[tuple[str, Tensor | None]]:
@@ -82,7 +85,7 @@ class Exporter:
     def _holder(self, rule: Rule, part: int) -> int:
         """Lowest rank that holds part `part`."""
         if rule.layer is not None:
-            stage = rule.layer // (self.shape.num_layers // self.stages)
+            stage = self.stage_of[rule.layer]
         else:
             stage = self.stages - 1 if rule.last_stage else 0
         for rank, place in enumerate(self.places):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,11 +14,12 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from redone.config.schema import ParallelConfig, TrainerConfig
-from redone.layout import ModelShape, padded_vocab
+from redone.config.schema import TrainerConfig
+from redone.layout import Llama3Rope, ModelShape, padded_vocab
 from redone.trainer.megatron.attention import PackedRow
 from redone.trainer.megatron.device import device, on_cpu
 from redone.trainer.megatron.head import Head
+from redone.trainer.megatron.moe import watch_layers
 from redone.trainer.megatron.specs import HAVE_TE, block_spec
 
 
@@ -27,6 +29,16 @@ class PackedRotary(RotaryEmbedding):
     GPTModel hands its packed parameters to `get_rotary_seq_len` on every pipeline stage, and whatever that
     returns to `forward`: so there is no global state, and recomputation is safe.
     """
+
+    def rescale(self, rope: Llama3Rope) -> None:
+        """Before the first use."""
+        self.inv_freq = self._apply_scaling(
+            self.inv_freq,
+            factor=rope.factor,
+            low_freq_factor=rope.low_freq_factor,
+            high_freq_factor=rope.high_freq_factor,
+            original_max_position_embeddings=rope.original_max_positions,
+        )
 
     def get_rotary_seq_len(self, *args: Any, **kwargs: Any) -> PackedRow:
         packed = kwargs.get("packed_seq_params", args[4] if len(args) > 4 else None)
@@ -76,22 +88,35 @@ def _leave_uninitialised(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def transformer_config(
-    shape: ModelShape, parallel: ParallelConfig, dtype: torch.dtype, recompute: str
-) -> TransformerConfig:
+def transformer_config(shape: ModelShape, trainer: TrainerConfig, dtype: torch.dtype) -> TransformerConfig:
     """Megatron's config of `shape`. Fusions need CUDA kernels of optional packages and are off."""
     options: dict[str, Any] = {}
+    parallel = trainer.parallel
+    if parallel.virtual_pipeline > 1:
+        options |= dict(
+            virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
+            microbatch_group_size_per_vp_stage=parallel.pipeline,
+            batch_p2p_comm=False,  # batched, the two directions between two stages would be confused
+            overlap_p2p_comm=not on_cpu(),
+        )
     if shape.num_experts:
         options |= dict(
             num_moe_experts=shape.num_experts,
             moe_router_topk=shape.experts_per_token,
             moe_ffn_hidden_size=shape.moe_ffn,
-            moe_router_load_balancing_type="none",
+            moe_router_load_balancing_type=trainer.moe.load_balancing,
+            moe_aux_loss_coeff=trainer.moe.aux_loss_coeff
+            if trainer.moe.load_balancing == "aux_loss"
+            else 0.0,
+            moe_router_dtype="fp32" if trainer.moe.router_fp32 else None,
+            moe_enable_routing_replay=trainer.moe.routing_replay != "off",
             moe_router_pre_softmax=not shape.norm_topk_prob,
             moe_grouped_gemm=True,
         )
-    if recompute == "full":
+    if trainer.recompute == "full":
         options |= dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
+    elif trainer.recompute == "selective":
+        options |= dict(recompute_granularity="selective", recompute_modules=["core_attn"])
     return TransformerConfig(
         num_layers=shape.num_layers,
         hidden_size=shape.hidden,
@@ -115,7 +140,7 @@ def transformer_config(
         expert_model_parallel_size=parallel.expert,
         expert_tensor_parallel_size=parallel.expert_tensor,
         sequence_parallel=parallel.tensor > 1,
-        variable_seq_lengths=True,
+        variable_seq_lengths=parallel.virtual_pipeline == 1,  # see step._for_interleaving
         moe_token_dispatcher_type="alltoall",
         init_method=_leave_uninitialised,
         output_layer_init_method=_leave_uninitialised,
@@ -130,8 +155,18 @@ def transformer_config(
     )
 
 
-def build_module(shape: ModelShape, config: TransformerConfig, trainer: TrainerConfig) -> PackedGPTModel:
-    """This rank's part of the model, uninitialised, on its device, not wrapped."""
+def build_modules(
+    shape: ModelShape, config: TransformerConfig, trainer: TrainerConfig
+) -> list[PackedGPTModel]:
+    """This rank's chunks of the model, uninitialised, on its device, not wrapped; several with virtual
+    pipeline stages."""
+    chunks = trainer.parallel.virtual_pipeline
+    return [_build_chunk(shape, config, trainer, i if chunks > 1 else None) for i in range(chunks)]
+
+
+def _build_chunk(
+    shape: ModelShape, config: TransformerConfig, trainer: TrainerConfig, vp_stage: int | None
+) -> PackedGPTModel:
     tp = config.tensor_model_parallel_size
     head = Head(
         backend=trainer.head.backend,
@@ -143,23 +178,42 @@ def build_module(shape: ModelShape, config: TransformerConfig, trainer: TrainerC
     module = PackedGPTModel(
         config,
         head,
-        transformer_layer_spec=block_spec(config, use_te=HAVE_TE and not on_cpu()),
+        transformer_layer_spec=block_spec(config, HAVE_TE and not on_cpu(), vp_stage),
         vocab_size=padded_vocab(shape.vocab, tp),
         max_sequence_length=shape.max_positions,
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
+        pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+        post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
         rotary_base=shape.rope_theta,
         share_embeddings_and_output_weights=shape.tied_embeddings,
+        vp_stage=vp_stage,
     )
+    if shape.rope_scaling is not None:
+        module.rotary_pos_emb.rescale(shape.rope_scaling)
+    if shape.num_experts:
+        watch_layers(module)
     for parameter in module.parameters():
         tensor_parallel.set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
     return module.to(device())
 
 
-def wrap(module: PackedGPTModel, config: TransformerConfig) -> DistributedDataParallel:
-    """Mixed precision and data parallelism around the module; gradients are summed in fp32."""
-    inner = Float16Module(config, module) if config.bf16 else module
+def wrap(modules: Sequence[PackedGPTModel], config: TransformerConfig) -> list[DistributedDataParallel]:
+    """Mixed precision and data parallelism around each chunk; gradients are summed in fp32."""
     ddp = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True, use_distributed_optimizer=True, check_for_nan_in_grad=False
     )
-    return DistributedDataParallel(config=config, ddp_config=ddp, module=inner)
+    return [
+        DistributedDataParallel(
+            config=config,
+            ddp_config=ddp,
+            module=Float16Module(config, module) if config.bf16 else module,
+            disable_bucketing=i > 0,
+        )
+        for i, module in enumerate(modules)
+    ]
+
+
+def unwrap(module: Any) -> PackedGPTModel:
+    """The model inside Megatron's wrappers."""
+    while not isinstance(module, PackedGPTModel):
+        module = module.module
+    return module

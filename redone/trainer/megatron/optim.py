@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,7 +18,10 @@ __all__ = ["apply", "build_optimizer", "inner_optimizers", "learning_rate", "zer
 
 
 def build_optimizer(
-    model: DistributedDataParallel, config: TransformerConfig, optim: OptimConfig, dtype: torch.dtype
+    models: Sequence[DistributedDataParallel],
+    config: TransformerConfig,
+    optim: OptimConfig,
+    dtype: torch.dtype,
 ) -> Any:
     """AdamW with fp32 master weights and states, sharded over data-parallel ranks.
 
@@ -37,15 +41,16 @@ def build_optimizer(
             params_dtype=dtype,
             use_distributed_optimizer=True,
         ),
-        [model],
+        list(models),
     )
     config.finalize_model_grads_func = finalize_model_grads
     config.grad_scale_func = optimizer.scale_loss
     return optimizer
 
 
-def zero_grad(model: DistributedDataParallel, optimizer: Any) -> None:
-    model.zero_grad_buffer()
+def zero_grad(models: Sequence[DistributedDataParallel], optimizer: Any) -> None:
+    for model in models:
+        model.zero_grad_buffer()
     optimizer.zero_grad()
 
 

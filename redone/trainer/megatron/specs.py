@@ -35,6 +35,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from redone.trainer.megatron.attention import SharedPrefixCoreAttention
+from redone.trainer.megatron.moe import PackedRouter
 
 try:
     import transformer_engine  # noqa: F401
@@ -47,17 +48,19 @@ except ImportError:
 GroupedMLPSubmodules = getattr(experts, "GroupedMLPSubmodules", MLPSubmodules)
 
 
-def block_spec(config: TransformerConfig, use_te: bool) -> TransformerBlockSubmodules:
-    """Layers of this pipeline stage; the core attention is always ours."""
+def block_spec(config: TransformerConfig, use_te: bool, vp_stage: int | None) -> TransformerBlockSubmodules:
+    """Layers of one chunk of this pipeline stage; core attention and router are always ours."""
     if not use_te:
-        return _torch_block_spec(config)
-    block = get_gpt_decoder_block_spec(config, use_transformer_engine=True)
+        return _torch_block_spec(config, vp_stage)
+    block = get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage)
     for layer in block.layer_specs:
         layer.submodules.self_attention.submodules.core_attention = SharedPrefixCoreAttention
+        if config.num_moe_experts:
+            layer.submodules.mlp.submodules.router = PackedRouter
     return block
 
 
-def _torch_block_spec(config: TransformerConfig) -> TransformerBlockSubmodules:
+def _torch_block_spec(config: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
     norm = RMSNorm if config.qk_layernorm else None
     attention = ModuleSpec(
         module=SelfAttention,
@@ -77,7 +80,9 @@ def _torch_block_spec(config: TransformerConfig) -> TransformerBlockSubmodules:
         )
         mlp = ModuleSpec(
             module=MoELayer,
-            submodules=MoESubmodules(experts=ModuleSpec(module=TEGroupedMLP, submodules=grouped)),
+            submodules=MoESubmodules(
+                experts=ModuleSpec(module=TEGroupedMLP, submodules=grouped), router=PackedRouter
+            ),
         )
         layer = TransformerLayerSubmodules(pre_mlp_layernorm=RMSNorm, mlp=mlp, **common)
     else:
@@ -85,7 +90,7 @@ def _torch_block_spec(config: TransformerConfig) -> TransformerBlockSubmodules:
         layer = TransformerLayerSubmodules(mlp=ModuleSpec(module=MLP, submodules=dense), **common)
     spec = ModuleSpec(module=TransformerLayer, submodules=layer)
     return TransformerBlockSubmodules(
-        layer_specs=[spec] * get_num_layers_to_build(config, vp_stage=None), layer_norm=RMSNorm
+        layer_specs=[spec] * get_num_layers_to_build(config, vp_stage=vp_stage), layer_norm=RMSNorm
     )
 
 

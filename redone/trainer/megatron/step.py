@@ -13,8 +13,9 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from redone.algo.loss import LossInputs, policy_loss
+from redone.algo.loss import LossInputs, policy_loss, with_effective_sample_size
 from redone.config.schema import AlgorithmConfig
+from redone.data.pack import empty_microbatch, pad_row
 from redone.errors import TrainerError
 from redone.trainer.megatron.attention import PackedRow, make_plan
 from redone.trainer.megatron.device import device
@@ -23,11 +24,16 @@ from redone.trainer.megatron.token_loss import TokenLoss
 from redone.types import FloatArray, Microbatch, Shard
 
 Output = tuple[Tensor, ...]  # the last stage's logprobs [N], entropy [N] or [0]; see head.Head
+COMPUTED, UNSHARED = "prefix/computed_tokens", "prefix/unshared_tokens"
 LossFunction = Callable[[Microbatch, Output], tuple[Tensor, Any]]
 
 
 def pack_row(
-    microbatch: Microbatch, temperature: float, entropy: Entropy, token_loss: TokenLoss | None = None
+    microbatch: Microbatch,
+    temperature: float,
+    entropy: Entropy,
+    token_loss: TokenLoss | None = None,
+    record: bool = False,
 ) -> PackedRow:
     """The micro-batch as the model reads it, on the device."""
     where = device()
@@ -47,11 +53,14 @@ def pack_row(
         temperature=temperature,
         entropy=entropy,
         loss=None if token_loss is None else token_loss.rows(microbatch, where),
+        token_weight=torch.from_numpy(microbatch.token_weight).to(where),
+        routes=None if microbatch.routes is None else torch.from_numpy(microbatch.routes).to(where),
+        record=record,
     )
 
 
 def run(
-    model: torch.nn.Module,
+    models: Sequence[torch.nn.Module],
     microbatches: Sequence[Microbatch],
     loss: LossFunction,
     *,
@@ -59,40 +68,69 @@ def run(
     entropy: Entropy,
     train: bool,
     token_loss: TokenLoss | None = None,
+    after: Callable[[torch.nn.Module], None] | None = None,
 ) -> list[Any]:
     """Drive the schedule; the second value of `loss` per micro-batch, on the last pipeline stage.
 
-    With `token_loss` the head may make the loss and its gradient itself.
+    With `token_loss` the head may make the loss and its gradient itself. `after` sees the chunk after each
+    forward.
     """
-    model.train(train)
+    for model in models:
+        model.train(train)
+    wanted = len(microbatches)
+    if len(models) > 1:
+        microbatches = _for_interleaving(microbatches)
 
     def forward_step(iterator: Iterator[Microbatch], module: torch.nn.Module) -> tuple[Any, Any]:
         microbatch = next(iterator)
-        row = pack_row(microbatch, temperature, entropy, token_loss)
+        row = pack_row(microbatch, temperature, entropy, token_loss, record=after is not None)
         ids = torch.from_numpy(microbatch.token_ids).to(device(), torch.int64)[None]
         output = module(ids, row.positions[None], None, packed_seq_params=row)  # type: ignore[index]
+        if after is not None:
+            after(module)
         return output, lambda out: loss(microbatch, out)
 
     with torch.set_grad_enabled(train):
         results: list[Any] = get_forward_backward_func()(
             forward_step_func=forward_step,
-            data_iterator=iter(microbatches),
-            model=[model],
+            data_iterator=[iter(microbatches) for _ in models],
+            model=list(models),
             num_microbatches=len(microbatches),
-            seq_length=1,  # unused: variable_seq_lengths sends the real length with every tensor
+            # Read with virtual stages only: otherwise the real length is sent with every tensor.
+            seq_length=len(microbatches[0].token_ids),
             micro_batch_size=1,
             forward_only=not train,
         )
-    return results
+    return results[:wanted]
 
 
-def forward_logprobs(model: torch.nn.Module, shard: Shard, temperature: float) -> list[FloatArray] | None:
+def _for_interleaving(microbatches: Sequence[Microbatch]) -> list[Microbatch]:
+    """A multiple of the pipeline size, as the schedule wants it, and rows of one length: padding is added.
+
+    Lengths that vary would be announced before each tensor; interleaved, that announcement deadlocks when all
+    micro-batches are warm-up, and confuses the two directions between two stages.
+    """
+    stages = parallel_state.get_pipeline_model_parallel_world_size()
+    filler = empty_microbatch(parallel_state.get_tensor_model_parallel_world_size())
+    result = [*microbatches, *[filler] * (-len(microbatches) % stages)]
+    longest = max(len(m.token_ids) for m in result)
+    return [pad_row(m, longest) for m in result]
+
+
+def forward_logprobs(
+    models: Sequence[torch.nn.Module],
+    shard: Shard,
+    temperature: float,
+    after: Callable[[torch.nn.Module], None] | None = None,
+) -> list[FloatArray] | None:
     """One [N] fp32 array per micro-batch on the last stage's tensor rank 0; None on the other ranks."""
 
     def keep(microbatch: Microbatch, output: Output) -> tuple[Tensor, FloatArray]:
         return output[0].sum(), output[0].detach().cpu().numpy()
 
-    results = run(model, shard.microbatches, keep, temperature=temperature, entropy="none", train=False)
+    results = run(
+        models, shard.microbatches, keep, temperature=temperature, entropy="none", train=False, after=after
+    )
     return results if holds_output() else None
 
 
@@ -117,11 +155,19 @@ class Totals:
             self.maxima[key] = max(self.maxima.get(key, -math.inf), value)
 
     def metrics(self) -> dict[str, float]:
-        return {**self.sums, **self.maxima}
+        found = {**with_effective_sample_size(self.sums), **self.maxima}
+        computed, unshared = found.pop(COMPUTED, 0.0), found.pop(UNSHARED, 0.0)
+        return {**found, "prefix/token_ratio": unshared / computed} if computed else found
+
+
+def token_sums(microbatch: Microbatch) -> dict[str, float]:
+    """Tokens that are computed, and that the unshared batch would have."""
+    weight = microbatch.token_weight
+    return {COMPUTED: float((weight > 0).sum()), UNSHARED: float(weight.sum())}
 
 
 def forward_backward(
-    model: torch.nn.Module, shard: Shard, algorithm: AlgorithmConfig, temperature: float
+    models: Sequence[torch.nn.Module], shard: Shard, algorithm: AlgorithmConfig, temperature: float
 ) -> Totals:
     """Accumulate the gradients of the whole step's loss; the totals are the same on every rank.
 
@@ -130,15 +176,19 @@ def forward_backward(
     # Megatron divides each loss by the number of micro-batches and averages gradients over data-parallel
     # ranks, while policy_loss already is a share of the step's loss.
     count, replicas = len(shard.microbatches), parallel_state.get_data_parallel_world_size()
+    if len(models) > 1:  # see _for_interleaving
+        count += -count % parallel_state.get_pipeline_model_parallel_world_size()
     # It also multiplies by the context-parallel size; the gradient of a TokenLoss must arrive as 1.
     context = parallel_state.get_context_parallel_world_size()
     token_loss = TokenLoss.of(algorithm, shard, replicas * context)
 
     def loss(microbatch: Microbatch, output: Output) -> tuple[Tensor, Totals]:
         total = Totals()
+        total.add(0.0, token_sums(microbatch), {})
         if token_loss is not None:
-            fused = output[2:] or token_loss.rows(microbatch, output[0].device).apart(*output)
-            total.add(*token_loss.report(fused[1]))
+            rows = token_loss.rows(microbatch, output[0].device)
+            fused = output[2:] or rows.apart(*output)
+            total.add(*token_loss.report(fused[1], rows, output[0]))
             return fused[0] * (count / context), total
         if not len(microbatch.rows):
             return output[0].sum() * 0.0, total
@@ -150,7 +200,7 @@ def forward_backward(
 
     entropy: Entropy = "grad" if algorithm.entropy_coeff > 0 else "value"
     parts: list[Totals] = run(
-        model,
+        models,
         shard.microbatches,
         loss,
         temperature=temperature,

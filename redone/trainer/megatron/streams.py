@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from redone.weights.layers import EMBEDDING, FINAL_NORM, attention_point, mlp_po
 
 
 def residual_streams(
-    module: Any, shard: Shard, forward: Callable[[], object], sequence_parallel: bool
+    modules: Sequence[Any], shard: Shard, forward: Callable[[], object], sequence_parallel: bool
 ) -> dict[str, FloatArray] | None:
     """Run `forward` over a shard of one sequence; collective over the tensor-parallel ranks.
 
@@ -24,7 +24,7 @@ def residual_streams(
         that repeat others or whose shard is padding.
     """
     kept: dict[str, Tensor] = {}
-    handles = _watch(module, kept)
+    handles = [handle for module in modules for handle in _watch(module, kept)]
     try:
         forward()
     finally:
@@ -41,7 +41,8 @@ def residual_streams(
 
 def _watch(module: Any, kept: dict[str, Tensor]) -> list[Any]:
     def keep(point: str, stream: Tensor) -> None:
-        kept[point] = stream.detach().clone()
+        if point not in kept:  # an interleaved schedule may add padding after the sequence
+            kept[point] = stream.detach().clone()
 
     def first_input(point: str) -> Callable[..., None]:
         return lambda module, args: keep(point, args[0])

@@ -13,6 +13,7 @@ import torch
 from redone_kernels.dapo_loss import METRICS, DapoConfig, dapo_loss
 from torch import Tensor
 
+from redone.algo.loss import mismatch_sums
 from redone.config.schema import AlgorithmConfig, DapoLoss, DrGrpoLoss
 from redone.types import Microbatch, Shard
 
@@ -107,11 +108,17 @@ class TokenLoss:
             cfg=self.cfg,
         )
 
-    def report(self, vector: Tensor) -> tuple[float, dict[str, float], dict[str, float]]:
+    def report(
+        self, vector: Tensor, rows: LossRows, logprobs: Tensor
+    ) -> tuple[float, dict[str, float], dict[str, float]]:
         """(share of the step's loss, sums, maxima) as redone.algo.loss names them; one copy to the host."""
-        values = dict(zip(METRICS, vector.tolist(), strict=True))
+        old = logprobs.detach() if rows.old is None else rows.old
+        mismatch = mismatch_sums(old, rows.rollout, rows.mask)
+        everything = torch.cat([vector, torch.stack(list(mismatch.values())).to(vector.dtype)])
+        values = dict(zip([*METRICS, *mismatch], everything.tolist(), strict=True))
         sums = {name: sum(values[key] for key in keys) / self.tokens for name, keys in SUMS.items()}
         maxima = {name: values[key] for name, key in MAXIMA.items()}
+        sums |= {name: values[name] / self.tokens for name in mismatch}
         sums["actor/pg_loss"] = values["pg_loss"] / self.denom
         if self.importance:
             sums["actor/importance_weight"] = values["tis_weight"] / self.tokens

@@ -1,0 +1,70 @@
+"""Routing replay, the balancing loss under prefix sharing, and changes that parity and self-check must notice."""
+
+from __future__ import annotations
+
+import pytest
+from ranks import Group
+from test_trainer import GRADIENT, PARITY, WEIGHT
+
+
+def at(cases: dict[str, int]) -> list[object]:
+    return [pytest.param(world, name, id=name) for name, world in cases.items()]
+
+
+@pytest.mark.parametrize(
+    ("group", "name"),
+    at({"replay": 1, "replay PP2xVPP2xEP2": 4, "replay TP2xEP2": 4}),
+    indirect=["group"],
+)
+def test_recorded_routes_are_repeated(group: Group, name: str) -> None:
+    """The same weights: bit-equal. Another router: other choices without replay, and replay keeps the old."""
+    result = group[name]
+    assert result["same"] == 0.0
+    assert result["moved"] > 1e-2 and result["free_to_kept"] > 1e-2
+    assert result["prompt_rows"] == 20
+
+
+@pytest.mark.parametrize(
+    ("group", "name"), at({"routed TP2xEP2": 4, "routed PP2xVPP2xEP2": 4}), indirect=["group"]
+)
+def test_given_routes_give_the_same_gradients_however_cut(group: Group, name: str) -> None:
+    """Shared prompts in small micro-batches (recomputed, interleaved) against plain sequences in one."""
+    result = group[name]
+    assert result["loss"] <= 1e-6 and result["worst"] <= GRADIENT, result["name"]
+    assert result["free"] > 1e-4  # the given routes are not those that the router would choose
+
+
+@pytest.mark.parametrize(
+    ("group", "name"), at({"balanced": 1, "balanced TP2xETP2": 2}), indirect=["group"]
+)
+def test_the_balancing_loss_counts_tokens_by_multiplicity(group: Group, name: str) -> None:
+    result = group[name]
+    assert result["counts"] and result["aux"] <= 1e-5 and result["aux_value"] > 0.5
+    assert result["worst"] <= GRADIENT, result["name"]
+    assert result["without"] > 100 * GRADIENT  # the loss does move the gradients
+
+
+def test_without_multiplicity_the_balancing_loss_is_wrong(world1: Group) -> None:
+    result = world1["balanced wrongly"]
+    assert not result["counts"] and result["worst"] > 100 * GRADIENT
+
+
+@pytest.mark.parametrize("what", ["sibling", "row", "position"])
+def test_a_planted_error_fails_parity_and_the_self_check(world1: Group, what: str) -> None:
+    found = world1["controls"]
+    assert found["good"] <= PARITY and found["check good"] == "not refused"
+    assert found[what] > 1000 * PARITY
+    assert "prefix sharing changes log-probabilities" in found[f"check {what}"]
+
+
+def test_metrics_of_sharing_and_expert_load(world4: Group) -> None:
+    found = world4["metrics TP2xEP2"]
+    assert found["prefix/token_ratio"] > 1.2
+    assert found["moe/load_max_layer"] >= found["moe/load_max"] > 1
+    assert 0 <= found["moe/idle_experts"] < 1
+
+
+def test_an_asynchronous_checkpoint_holds_the_state_of_its_save(world1: Group, world4: Group) -> None:
+    """A step taken while it was written does not reach it."""
+    for result in (world1["asynchronous checkpoint"], world4["asynchronous checkpoint TP2xEP2"]):
+        assert result["loss"] <= 1e-5 and result["weights"] <= WEIGHT

@@ -1,0 +1,138 @@
+"""Filling of micro-batches: what holds for any lengths, and how good it is for realistic ones."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from redone.data.balance import Bin, Cost, Filling, fill, lower_bound, make_units
+
+CAP = 64
+COST = Cost(row=0.1, pair=1e-2)
+groups = st.lists(
+    st.tuples(st.integers(1, 24), st.lists(st.integers(1, 40), min_size=1, max_size=9)),
+    min_size=1,
+    max_size=25,
+)
+
+
+def content(units, b: Bin) -> tuple[int, float]:
+    """(tokens, cost) of a bin, counted again from its parts."""
+    tokens, cost = 0, 0.0
+    for u, positions in b.parts.items():
+        prompt, lengths = units.prompt[u], [units.lengths[u][k] for k in positions]
+        tokens += prompt + sum(lengths)
+        pairs = prompt * prompt / 2 + sum(prompt * n + n * n / 2 for n in lengths)
+        cost += prompt + 1.1 * sum(lengths) + 1e-2 * pairs
+    return tokens, cost
+
+
+@settings(max_examples=60, deadline=None)
+@given(groups=groups, dp=st.integers(1, 5), sharing=st.booleans())
+def test_any_lengths_are_placed_once_within_the_budget(groups, dp, sharing) -> None:
+    units = make_units([p for p, _ in groups], [r for _, r in groups], sharing, COST)
+    slots = fill(units, dp, CAP, COST)
+    assert all(len(slot) == dp for slot in slots)
+    placed = Counter(
+        (units.group[u], units.samples[u][k])
+        for slot in slots
+        for b in slot
+        for u, positions in b.parts.items()
+        for k in positions
+    )
+    assert placed == {(g, i): 1 for g, (_, r) in enumerate(groups) for i in range(len(r))}
+    for slot in slots:
+        for b in slot:
+            tokens, cost = content(units, b)
+            assert b.tokens == tokens <= CAP
+            assert b.cost == pytest.approx(cost)
+            assert all(b.parts.values())
+
+
+@settings(max_examples=60, deadline=None)
+@given(sizes=st.lists(st.integers(1, CAP), min_size=1, max_size=9))
+def test_lower_bound_is_one(sizes) -> None:
+    """Never above the least number of bins, found by search; never below the plain quotient."""
+    assert -(-sum(sizes) // CAP) <= lower_bound(sizes, CAP) <= fewest(sorted(sizes, reverse=True), [])
+
+
+def fewest(sizes: list[int], bins: list[int]) -> int:
+    if not sizes:
+        return len(bins)
+    found = fewest(sizes[1:], [*bins, CAP - sizes[0]])
+    for room in {r for r in bins if r >= sizes[0]}:
+        others = bins.copy()
+        others[others.index(room)] = room - sizes[0]
+        found = min(found, fewest(sizes[1:], others))
+    return found
+
+
+def test_lower_bound_counts_large_items() -> None:
+    assert lower_bound([33] * 7, CAP) == 7
+    assert lower_bound([40] * 3 + [30] * 4, CAP) == 5  # 30 does not fit beside 40
+
+
+def draw(seed: int, count: int, center: float, answer: float) -> list[tuple[int, list[int]]]:
+    """Log-normal lengths within the paper's limits; 16 responses scattered around one length."""
+    rng = np.random.default_rng(seed)
+    result = []
+    for _ in range(count):
+        prompt = int(np.clip(np.exp(rng.normal(np.log(center), 0.7)), 32, 10_000))
+        middle = np.log(answer) + rng.normal(0, 0.7)
+        result.append((prompt, np.clip(np.exp(rng.normal(middle, 0.4, 16)), 2, 8192).astype(int).tolist()))
+    return result
+
+
+@pytest.mark.parametrize("dp", [1, 8, 32])
+@pytest.mark.parametrize("sharing", [True, False])
+@pytest.mark.parametrize(("center", "answer"), [(1500, 40), (5000, 60), (1500, 400), (150, 3000)])
+def test_quality_on_the_papers_limits(center: int, answer: int, sharing: bool, dp: int) -> None:
+    cap, cost, wanted = 20_480, Cost(row=0.11, pair=1.4e-4), 9 * dp * 20_480
+    per_group = (center if sharing else 16 * center) + 16 * answer
+    shapes = draw(dp, int(wanted / per_group), center, answer)
+    units = make_units([p for p, _ in shapes], [r for _, r in shapes], sharing, cost)
+    slots = fill(units, dp, cap, cost)
+    if sharing:
+        total = sum(p * max(1, -(-sum(r) // (cap - p))) + sum(r) for p, r in shapes)
+        least = -(-total // (cap * dp))
+    else:
+        least = -(-lower_bound([p + n for p, r in shapes for n in r], cap) // dp)
+    assert len(slots) <= least + 1
+    ranks = [sum(slot[d].cost for slot in slots) for d in range(dp)]
+    assert len(slots) >= 8 and max(ranks) <= 1.05 * sum(ranks) / dp
+    waiting = sum(max(b.cost for b in slot) for slot in slots)
+    assert waiting <= 1.05 * sum(ranks) / dp
+
+
+def test_a_group_is_split_only_where_it_must_be() -> None:
+    units = make_units([100] * 12, [[5] * 8] * 12, True, Cost())
+    slots = fill(units, 1, 700, Cost())
+    assert sum(len(b.parts) for slot in slots for b in slot) == 12
+    tight = fill(units, 1, 400, Cost())  # 2.86 whole groups fit a bin: filling it needs a split
+    assert sum(len(b.parts) for slot in tight for b in slot) > 12
+    assert len(tight) == 5
+
+
+def test_sharing_stops_where_it_does_not_pay() -> None:
+    """A prompt of 10 beside responses of 3,000 saves 0.3%: every sample stands alone."""
+    assert len(make_units([10], [[3000] * 4], True, Cost()).group) == 4
+    assert len(make_units([1000], [[30] * 4], True, Cost()).group) == 1
+    assert len(make_units([1000], [[30] * 4], False, Cost()).group) == 4
+    assert len(make_units([1000], [[30]], True, Cost()).group) == 1
+
+
+def test_moving_work_keeps_the_books() -> None:
+    units = make_units([30, 10], [[5, 6, 7, 8], [4]], True, COST)
+    filling = Filling(units, 2, 1000, COST)
+    high, low = filling.bins
+    filling.put_whole(high, 0)
+    filling.put_whole(high, 1)
+    filling.even_out([high, low])
+    for b in (high, low):
+        tokens, cost = content(units, b)
+        assert b.tokens == tokens and b.cost == pytest.approx(cost)
+    assert max(high.cost, low.cost) < 0.75 * (high.cost + low.cost)
