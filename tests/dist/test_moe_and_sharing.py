@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import pytest
+from cases import marks
 from ranks import Group
 from test_trainer import GRADIENT, PARITY, WEIGHT
 
 
 def at(cases: dict[str, int]) -> list[object]:
-    return [pytest.param(world, name, id=name) for name, world in cases.items()]
+    return [pytest.param(world, name, id=name, marks=marks(name)) for name, world in cases.items()]
 
 
 @pytest.mark.parametrize(
@@ -57,6 +58,7 @@ def test_a_planted_error_fails_parity_and_the_self_check(world1: Group, what: st
     assert "prefix sharing changes log-probabilities" in found[f"check {what}"]
 
 
+@pytest.mark.unproven
 def test_metrics_of_sharing_and_expert_load(world4: Group) -> None:
     found = world4["metrics TP2xEP2"]
     assert found["prefix/token_ratio"] > 1.2
@@ -64,6 +66,7 @@ def test_metrics_of_sharing_and_expert_load(world4: Group) -> None:
     assert 0 <= found["moe/idle_experts"] < 1
 
 
+@pytest.mark.unproven
 def test_an_asynchronous_checkpoint_holds_the_state_of_its_save(world1: Group, world4: Group) -> None:
     """A step taken while it was written does not reach it."""
     for result in (world1["asynchronous checkpoint"], world4["asynchronous checkpoint TP2xEP2"]):
