@@ -179,8 +179,7 @@ def _wanted(
         totals = {d: round(whole * draw.shares.get(d, 0.0) / norm) for d in by_domain}
     elif draw.total is not None:
         sizes = {d: c.total() * draw.max_repeat for d, c in by_domain.items()}
-        parts = allot(sizes, draw.total, weights={}, caps={})
-        totals = dict(parts)
+        totals = dict(allot(sizes, draw.total, weights={}, caps={}))
     tasks: dict[str, dict[Stratum, int]] = {}  # domain/task -> rows that its strata offer
     parts: dict[str, int] = {}
     for domain, strata in by_domain.items():
