@@ -96,7 +96,8 @@ def mix(
         for stratum, row, place in _rows(sources, draw, check, skip_bad, Drawn()):
             for _ in range(pick(stratum)):
                 found.drawn[stratum] += 1
-                line = {**row, "task": stratum.task, "domain": stratum.domain, "drawn_from": place}
+                origin = row.get("drawn_from", place)  # rows of an earlier draw keep theirs
+                line = {**row, "task": stratum.task, "domain": stratum.domain, "drawn_from": origin}
                 out.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
     if found.drawn.total() != sum(wanted.values()):
         raise DataError(f"{target}: files changed while they were read; run the node again")

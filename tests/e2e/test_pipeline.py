@@ -161,6 +161,8 @@ def test_killed_in_every_stage_equals_the_uninterrupted_pipeline(made: Made) -> 
     assert {n: d["inputs"].keys() for n, d in after.items()} == {
         n: d["inputs"].keys() for n, d in before.items()
     }
+    for node in ("explore_data", "sft_set", "soft_labels", "refine_data"):
+        assert after[node]["outputs"] == before[node]["outputs"], node
     for node, file in (
         *((n, "answers.jsonl") for n in before if n.startswith(("evaluate", "probe"))),
         ("soft_labels", "candidates.jsonl"),
