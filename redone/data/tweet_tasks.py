@@ -82,7 +82,8 @@ def _pools(task: str, tweets: Sequence[Tweet], sizes: dict[Split, int], seed: in
                 pools[split_of(tweet.text)].append(item)
         return pools
     items = list(dict.fromkeys(_procedural(task, random.Random(f"{seed}/{task}"))))
-    made = [(text, *_solved(task, text)) for text in items]
+    shown = {question for question, _ in PROMPTS[task][1]}  # the prompt holds their answers
+    made = [(text, *_solved(task, text)) for text in items if text not in shown]
     # Small closed pools (code, add): the test split first, then validation, the rest trains.
     start = 0
     for split in ("test", "val", "train"):
