@@ -32,6 +32,7 @@ SERVICES = (
 PORTS_PER_JOB = 256
 PORTS_PER_NODE = 16  # of the job's window; only "nodes" that share a host need different ones
 MARK = "REDONE_RAY_NODE"
+END_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 STARTED = "Ray runtime started"
 START_ATTEMPTS = 3  # Ray gives its processes 30 s to come up; on a cold file system imports take longer
 NODE_ENV = {
@@ -147,11 +148,12 @@ def run_node(options: NodeOptions) -> int:
             env.setdefault(variable, interface)
 
     def end(number: int, frame: FrameType | None) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # SLURM and srun both send one
+        for one in END_SIGNALS:  # SLURM and the job script both send one
+            signal.signal(one, signal.SIG_IGN)
         sys.exit(128 + number)
 
-    signal.signal(signal.SIGTERM, end)
-    signal.signal(signal.SIGINT, end)
+    for one in END_SIGNALS:
+        signal.signal(one, end)
     try:
         for _ in range(START_ATTEMPTS):
             ports = free_ports(options.ports, PORTS_PER_JOB, index * PORTS_PER_NODE, len(SERVICES) + 1)

@@ -161,6 +161,7 @@ def train(cfg: Config, folder: RunFolder, inputs: Inputs, resumed: bool) -> None
         # After ray.init, which takes SIGTERM for a crash handler; a background job ignores SIGINT.
         signal.signal(signal.SIGTERM, _interrupt)
         signal.signal(signal.SIGINT, _interrupt)
+        signal.signal(signal.SIGUSR2, _interrupt)  # from a job script: srun does not pass SIGTERM on
         signal.signal(signal.SIGUSR1, (stop := StopRequest()).on_signal)
         run = RlRun(
             cfg=cfg,
