@@ -5,6 +5,7 @@ Ray's own `ray stop` ends every Ray process of the host by name; this process en
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import signal
@@ -134,11 +135,16 @@ def start_command(
     ]
 
 
+def ray_folder(scratch: str, address_file: Path) -> str:
+    """Ray's folder of one attempt, the same on all nodes; short, because of its sockets."""
+    return f"{scratch}/rd{hashlib.sha256(str(address_file.absolute()).encode()).hexdigest()[:12]}"
+
+
 def run_node(options: NodeOptions) -> int:
     """Start the Ray node, wait for its end, remove its folder. Returns Ray's exit code."""
     index = options.nodes.index(node_name())
     redirect_output(str(options.address_file.parent / f"ray-{node_name()}.log"), "info")
-    temp_dir = f"{options.scratch}/rd{os.environ.get('SLURM_JOB_ID', os.getpid())}"
+    temp_dir = ray_folder(options.scratch, options.address_file)
     address = None if options.head else options.address_file.read_text().strip()
     env = {**os.environ, **{k: os.environ.get(k, v) for k, v in NODE_ENV.items()}}
     mark = env[MARK] = f"{os.environ.get('SLURM_JOB_ID', '')}-{node_name()}-{os.getpid()}"

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from redone_launcher.jobs import cancel, job_of, logs, status
+from redone_launcher.ray_node import ray_folder
 
 from .conftest import Jobs
 
@@ -35,6 +36,15 @@ def together(jobs: Jobs) -> Jobs:
 def warn(jobs: Jobs, name: str) -> None:
     command = ["scancel", "--batch", "--signal=USR1", job_of(jobs.run(name))]
     subprocess.run(command, check=True, timeout=20)
+
+
+def leftovers(jobs: Jobs, name: str) -> list[Path]:
+    """Ray's folders, tokens and shared memory of all attempts at a run."""
+    attempts = sorted((jobs.run(name) / "logs").glob("attempt-*"))
+    assert attempts
+    found = [Path(ray_folder("/tmp", attempt / "ray-address")) for attempt in attempts]
+    found += [attempt / "ray-token" for attempt in attempts]
+    return [*(path for path in found if path.exists()), *Path("/dev/shm").glob(f"redone-*-{name}")]
 
 
 @pytest.fixture(scope="module")
@@ -97,9 +107,7 @@ def test_nothing_of_ours_stays(four: Jobs) -> None:
     ours = ("whole", "cut", "four")
     for name in ours:
         four.wait_for_end(name)
-        job = job_of(four.run(name))
-        assert not Path(f"/tmp/rd{job}").exists(), "Ray's folder"
-        assert not (four.run(name) / "logs/latest/ray-token").exists()
+        assert leftovers(four, name) == []
     assert four.cluster.processes() == []
     assert not list((four.root / "shared/weights").iterdir()), "the weight channel's file"
 
@@ -112,8 +120,7 @@ def test_cancel_leaves_nothing_behind(jobs: Jobs, capsys: pytest.CaptureFixture[
     assert "is cancelled" in capsys.readouterr().out
     assert jobs.state("cancelled").state == "CANCELLED"
     assert jobs.cluster.processes() == []
-    assert not Path(f"/tmp/rd{job_of(jobs.run('cancelled'))}").exists()
-    assert not list(Path("/dev/shm").glob("redone-*-cancelled"))
+    assert leftovers(jobs, "cancelled") == []
     assert status(jobs.run("cancelled")) == 1
 
 
