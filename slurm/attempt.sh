@@ -34,7 +34,9 @@ alive() {
   return 1
 }
 end_steps() { # srun passes USR2 on, after TERM it has its tasks killed at once: they clean up on USR2, then TERM
-  local pids tries
+  local pids tries weights
+  weights=$(cat "$LOGS/weights-path" 2>/dev/null)
+  rm -f "$LOGS/ray-token" "$LOGS/weights-path" "$weights"
   pids=$(jobs -pr)
   [ -z "$pids" ] || kill -USR2 $pids 2>/dev/null
   for tries in {1..40}; do
@@ -44,7 +46,7 @@ end_steps() { # srun passes USR2 on, after TERM it has its tasks killed at once:
   done
   [ -z "$pids" ] || kill $pids 2>/dev/null
   wait
-  rm -f "$LOGS/ray-token" "$WEIGHTS"
+  rm -f "$weights"
 }
 
 finish() { # CODE OUTCOME REASON
