@@ -10,6 +10,16 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from redone.config.judge import JudgeConfig
+from redone.config.losses import (
+    CispoLoss,
+    ClipRange,
+    DapoLoss,
+    DrGrpoLoss,
+    GrpoLoss,
+    GspoLoss,
+    LossConfig,
+    SftLoss,
+)
 from redone.config.pipeline import PipelineConfig, SftConfig
 from redone.config.rewards import (
     AnswerReward,
@@ -30,11 +40,18 @@ from redone.config.watch import CollapseConfig
 __all__ = [
     "AnswerReward",
     "Check",
+    "CispoLoss",
+    "ClipRange",
     "CollapseConfig",
     "CustomReward",
+    "DapoLoss",
+    "DrGrpoLoss",
     "ExactReward",
+    "GrpoLoss",
+    "GspoLoss",
     "JudgeConfig",
     "JudgeReward",
+    "LossConfig",
     "MetricReward",
     "PatternReward",
     "PipelineConfig",
@@ -44,6 +61,7 @@ __all__ = [
     "SandboxReward",
     "Section",
     "SftConfig",
+    "SftLoss",
 ]
 
 SCHEMA_VERSION = 1
@@ -100,53 +118,6 @@ class DataConfig(Section):
         None,
         description="`reference` or a key of extra_info: batches draw its values in turn (label balance).",
     )
-
-
-class ClipRange(Section):
-    clip_ratio_low: float = Field(0.2, ge=0, lt=1, description="Lower clip range.")
-    clip_ratio_high: float = Field(0.28, ge=0, description="Upper clip range (DAPO: clip-higher).")
-
-
-class DapoLoss(ClipRange):
-    type: Literal["dapo"] = "dapo"
-    clip_ratio_c: float | None = Field(
-        None, gt=1, description="Dual clip for negative advantages; off when null."
-    )
-
-
-class GrpoLoss(ClipRange):
-    type: Literal["grpo"] = "grpo"
-    clip_ratio_high: float = Field(0.2, ge=0, description="Upper clip range.")
-    clip_ratio_c: float | None = Field(
-        None, gt=1, description="Dual clip for negative advantages; off when null."
-    )
-
-
-class DrGrpoLoss(ClipRange):
-    type: Literal["dr_grpo"] = "dr_grpo"
-    clip_ratio_high: float = Field(0.2, ge=0, description="Upper clip range.")
-    length: int = Field(description="Constant that divides each sequence's token sum.", ge=1)
-
-
-class GspoLoss(ClipRange):
-    type: Literal["gspo"] = "gspo"
-    clip_ratio_low: float = Field(3e-4, ge=0, lt=1, description="Lower clip range of the sequence ratio.")
-    clip_ratio_high: float = Field(4e-4, ge=0, description="Upper clip range of the sequence ratio.")
-
-
-class CispoLoss(ClipRange):
-    type: Literal["cispo"] = "cispo"
-    clip_ratio_low: float = Field(1.0, ge=0, description="Lower clip range (1.0: off).")
-    clip_ratio_high: float = Field(0.28, ge=0, description="Upper clip range.")
-
-
-class SftLoss(Section):
-    type: Literal["sft"] = "sft"
-
-
-LossConfig = Annotated[
-    DapoLoss | GrpoLoss | DrGrpoLoss | GspoLoss | CispoLoss | SftLoss, Field(discriminator="type")
-]
 
 
 class FilterGroups(Section):
