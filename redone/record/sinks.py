@@ -88,7 +88,7 @@ class WandbSink:
 
 
 class MlflowSink:
-    """MLflow; without MLFLOW_TRACKING_URI it writes to a database in the run folder."""
+    """MLflow; without MLFLOW_TRACKING_URI it writes files under the run folder (`mlflow ui` reads them)."""
 
     def __init__(self, folder: Path, project: str, name: str, config: Mapping[str, Any]) -> None:
         _require("mlflow")
@@ -97,12 +97,18 @@ class MlflowSink:
         import mlflow
 
         if not os.environ.get("MLFLOW_TRACKING_URI"):
+            # MLflow would rather have a database, which its slim package cannot open
+            os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
             mlflow.set_tracking_uri((folder / "mlflow").resolve().as_uri())
         mlflow.set_experiment(project)
         self._mlflow = mlflow
-        mlflow.start_run(run_name=name)
-        flat = _flatten(config)
-        mlflow.log_params({key: str(value)[:500] for key, value in flat.items()})
+        known = folder / ".mlflow-id"
+        if known.exists():  # a resumed run goes on under its own id
+            mlflow.start_run(run_id=known.read_text(encoding="ascii"))
+            return
+        run = mlflow.start_run(run_name=name)
+        known.write_text(run.info.run_id, encoding="ascii")
+        mlflow.log_params({key: str(value)[:500] for key, value in _flatten(config).items()})
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         # MLflow refuses some characters that verl's names do not use, "@" is the one that occurs
