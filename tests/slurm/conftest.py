@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -116,21 +115,15 @@ class Jobs:
 def cluster() -> Iterator[PrivateSlurm]:
     """Four nodes on this host. Fails, not skips, without slurm-wlm and munge (make system-packages)."""
     private = PrivateSlurm(nodes=4)
-    before = os.environ.get("SLURM_CONF")
     try:
         private.start()
-        os.environ["SLURM_CONF"] = private.env["SLURM_CONF"]
         yield private
     finally:
         private.stop()
-        if before is None:
-            os.environ.pop("SLURM_CONF", None)
-        else:
-            os.environ["SLURM_CONF"] = before
 
 
 @pytest.fixture(scope="session")
-def tiny_assets(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def tiny_assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny model and data, where configs/tiny looks for them."""
     assets = tmp_path_factory.mktemp("assets")
     done = subprocess.run(
@@ -138,13 +131,17 @@ def tiny_assets(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         cwd=REPO, capture_output=True, text=True, timeout=200,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    before = os.environ.get("REDONE_ASSETS")
-    os.environ["REDONE_ASSETS"] = str(assets)
-    yield assets
-    if before is None:
-        os.environ.pop("REDONE_ASSETS")
-    else:
-        os.environ["REDONE_ASSETS"] = before
+    return assets
+
+
+@pytest.fixture(scope="module", autouse=True)
+def environment(cluster: PrivateSlurm, tiny_assets: Path) -> Iterator[None]:
+    """What a user's shell would have; other folders of the same test process must not see it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SLURM_CONF", cluster.env["SLURM_CONF"])
+        patch.setenv("REDONE_ASSETS", str(tiny_assets))
+        patch.chdir(REPO)  # jobs run where they were submitted
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -163,10 +160,5 @@ def big_model(tiny_assets: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 
 @pytest.fixture(scope="session")
-def jobs(
-    cluster: PrivateSlurm, tiny_assets: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Jobs]:
-    before = Path.cwd()
-    os.chdir(REPO)  # jobs run where they were submitted
-    yield Jobs(cluster, tmp_path_factory.mktemp("runs"))
-    os.chdir(before)
+def jobs(cluster: PrivateSlurm, tmp_path_factory: pytest.TempPathFactory) -> Jobs:
+    return Jobs(cluster, tmp_path_factory.mktemp("runs"))
