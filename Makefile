@@ -23,8 +23,7 @@ export TOKENIZERS_PARALLELISM ?= false
 export RAY_USAGE_STATS_ENABLED ?= 0
 export VLLM_NO_USAGE_STATS ?= 1
 
-# Two workers, a test folder always whole on one of them: much of a test's time is another process's start.
-PYTEST = $(PY) -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
+PYTEST = $(PY) -m pytest
 TYPED = redone/types.py redone/api.py redone/errors.py redone/config redone/algo redone/data redone/reward redone/weights
 
 .PHONY: system-packages help install quickstart quickstart-pipeline test test-full gpu-check lint lock clean

@@ -22,18 +22,31 @@ record() { # OUTCOME REASON: one line for `redone status`
   say "$1: $2"
 }
 
+tick() { # half a second in which traps run
+  sleep 0.5 &
+  wait $!
+}
+
 # alive PID: a child of this script that still runs; a bare number could by now be somebody else's process
 alive() {
   local pid
   for pid in $(jobs -pr); do [ "$pid" != "$1" ] || return 0; done
   return 1
 }
-end_steps() {
-  local pids
+end_steps() { # srun passes USR2 on, after TERM it has its tasks killed at once: they clean up on USR2, then TERM
+  local pids tries weights
+  weights=$(cat "$LOGS/weights-path" 2>/dev/null)
+  rm -f "$LOGS/ray-token" "$LOGS/weights-path" "$weights"
   pids=$(jobs -pr)
+  [ -z "$pids" ] || kill -USR2 $pids 2>/dev/null
+  for tries in {1..40}; do
+    pids=$(jobs -pr)
+    [ -n "$pids" ] || break
+    tick
+  done
   [ -z "$pids" ] || kill $pids 2>/dev/null
   wait
-  rm -f "$LOGS/ray-token" "$WEIGHTS"
+  rm -f "$weights"
 }
 
 finish() { # CODE OUTCOME REASON
@@ -53,9 +66,9 @@ requeue() {
   trap '' TERM USR1
   end_steps
   scontrol requeue "$SLURM_JOB_ID" || exit 1
-  for _ in 1 2 3 4 5; do # without StartTime a requeued job waits two minutes
-    scontrol update JobId="$SLURM_JOB_ID" StartTime=now ${excluded:+ExcNodeList="$excluded"} && break
-    sleep 0.3
+  for _ in 1 2 3 4 5; do # only a pending job takes it
+    [ -z "$excluded" ] || scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="$excluded" || { sleep 0.3; continue; }
+    break
   done
   exit 0
 }
@@ -74,11 +87,6 @@ on_term() {
 }
 trap on_limit USR1
 trap on_term TERM
-
-tick() { # half a second in which traps run
-  sleep 0.5 &
-  wait $!
-}
 
 # await_exit PID [PIDS...]: sets CODE, or CODE=late when the time limit came too near. When one of PIDS has ended,
 # PID has a minute to find out by itself.

@@ -68,12 +68,6 @@ def pytest_configure(config: pytest.Config) -> None:
     settings.load_profile("redone")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Two workers share the folders out (`make test`): fixtures that live long stay in one process."""
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(folder_of(item.nodeid)))
-
-
 def _marked(report: pytest.TestReport | pytest.CollectReport, *names: str) -> bool:
     return any(name in getattr(report, "keywords", {}) for name in names)
 

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from redone_launcher.run import load_inputs, versions
+from redone_launcher.training import load_inputs, versions
 
 from redone.cluster.cluster import RayCluster
 from redone.config.load import load_config

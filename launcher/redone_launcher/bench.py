@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from redone.bench.work import WorkOptions
     from redone.cluster.cluster import RayCluster
     from redone.config.schema import Config
-    from redone_launcher.run import Inputs
+    from redone_launcher.training import Inputs
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +79,7 @@ def _measure(args: argparse.Namespace) -> int:
     from redone.bench.result import BenchResult, commit_of, require_clean, table
     from redone.bench.roofline import roofline
     from redone.bench.work import WorkOptions
-    from redone_launcher.run import versions
+    from redone_launcher.training import versions
 
     commit = commit_of()
     require_clean(commit, args.allow_dirty)
@@ -142,7 +142,7 @@ def _prepare(
     from redone.bench.work import group_lengths
     from redone.config.check import read_model_config
     from redone.config.load import load_config
-    from redone_launcher.run import load_inputs
+    from redone_launcher.training import load_inputs
 
     cfg = load_config(args.config, args.overrides)
     fixed = [

@@ -22,7 +22,7 @@ from redone.evaluate.tables import terminal
 from redone.reward.pool import RewardPool, build_rewards
 from redone_launcher.compare import compare_command
 from redone_launcher.eval_job import Job, prepare, rewards_of
-from redone_launcher.run import log_to, versions
+from redone_launcher.training import log_to, versions
 
 PROGRESS_S = 10.0  # seconds between two lines
 WIDE = 160

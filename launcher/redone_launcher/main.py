@@ -32,12 +32,7 @@ def parser(words: Sequence[str] = ()) -> argparse.ArgumentParser:
     top.add_argument("--debug", action="store_true", help="show the traceback of an error as well")
     commands = top.add_subparsers(metavar="COMMAND", required=True)
     _add_runs(commands)
-    evaluate = commands.add_parser("eval", help="score a model on benchmark suites; compare two such results")
-    if "eval" in words[:2]:
-        from redone_launcher.eval import add_eval_arguments
-
-        add_eval_arguments(evaluate)
-    evaluate.set_defaults(run=_eval)
+    _add_eval(commands, "eval" in words[:2])
     add_slurm_commands(commands)
     _add_data(commands)
 
@@ -111,6 +106,15 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     if rest:
         setattr(args, free, [*getattr(args, free), *rest])
     return args
+
+
+def _add_eval(commands: argparse._SubParsersAction[argparse.ArgumentParser], named: bool) -> None:
+    evaluate = commands.add_parser("eval", help="score a model on benchmark suites; compare two such results")
+    if named:
+        from redone_launcher.eval import add_eval_arguments
+
+        add_eval_arguments(evaluate)
+    evaluate.set_defaults(run=_eval)
 
 
 def _add_runs(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

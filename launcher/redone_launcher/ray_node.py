@@ -5,6 +5,7 @@ Ray's own `ray stop` ends every Ray process of the host by name; this process en
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import signal
@@ -32,6 +33,7 @@ SERVICES = (
 PORTS_PER_JOB = 256
 PORTS_PER_NODE = 16  # of the job's window; only "nodes" that share a host need different ones
 MARK = "REDONE_RAY_NODE"
+END_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 STARTED = "Ray runtime started"
 START_ATTEMPTS = 3  # Ray gives its processes 30 s to come up; on a cold file system imports take longer
 NODE_ENV = {
@@ -133,11 +135,16 @@ def start_command(
     ]
 
 
+def ray_folder(scratch: str, address_file: Path) -> str:
+    """Ray's folder of one attempt, the same on all nodes; short, because of its sockets."""
+    return f"{scratch}/rd{hashlib.sha256(str(address_file.absolute()).encode()).hexdigest()[:12]}"
+
+
 def run_node(options: NodeOptions) -> int:
     """Start the Ray node, wait for its end, remove its folder. Returns Ray's exit code."""
     index = options.nodes.index(node_name())
     redirect_output(str(options.address_file.parent / f"ray-{node_name()}.log"), "info")
-    temp_dir = f"{options.scratch}/rd{os.environ.get('SLURM_JOB_ID', os.getpid())}"
+    temp_dir = ray_folder(options.scratch, options.address_file)
     address = None if options.head else options.address_file.read_text().strip()
     env = {**os.environ, **{k: os.environ.get(k, v) for k, v in NODE_ENV.items()}}
     mark = env[MARK] = f"{os.environ.get('SLURM_JOB_ID', '')}-{node_name()}-{os.getpid()}"
@@ -147,11 +154,12 @@ def run_node(options: NodeOptions) -> int:
             env.setdefault(variable, interface)
 
     def end(number: int, frame: FrameType | None) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # SLURM and srun both send one
+        for one in END_SIGNALS:  # SLURM and the job script both send one
+            signal.signal(one, signal.SIG_IGN)
         sys.exit(128 + number)
 
-    signal.signal(signal.SIGTERM, end)
-    signal.signal(signal.SIGINT, end)
+    for one in END_SIGNALS:
+        signal.signal(one, end)
     try:
         for _ in range(START_ATTEMPTS):
             ports = free_ports(options.ports, PORTS_PER_JOB, index * PORTS_PER_NODE, len(SERVICES) + 1)

@@ -96,6 +96,7 @@ class Session:
         # After ray.init, which takes SIGTERM for a crash handler; a background job ignores SIGINT.
         signal.signal(signal.SIGTERM, _interrupt)
         signal.signal(signal.SIGINT, _interrupt)
+        signal.signal(signal.SIGUSR2, _interrupt)  # from a job script: srun does not pass SIGTERM on
         signal.signal(signal.SIGUSR1, self.stop.on_signal)
         return self._cluster
 

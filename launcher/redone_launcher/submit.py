@@ -207,11 +207,6 @@ def render(cfg: Config, site: Site, run: Path, workdir: Path, templates: Path = 
         keep_trailing_newline=True, comment_start_string="{##", comment_end_string="##}",
     )  # fmt: skip
     environment.filters["sh"] = shlex.quote
-    weights = ""
-    if cfg.weights.channel == "file":
-        from redone.weights.channel import location_of  # it imports torch, which takes seconds
-
-        weights = location_of(cfg.weights, run, cfg.run.name)
     mounts = [str(workdir), str(run.parent), cfg.model.path, site.scratch, site.shared, cfg.weights.dir]
     own = dict.fromkeys(str(Path(m).resolve()) for m in mounts if m)
     values: dict[str, Any] = {
@@ -231,7 +226,6 @@ def render(cfg: Config, site: Site, run: Path, workdir: Path, templates: Path = 
         "scratch": site.scratch,
         "port_base": site.port_base,
         "mounts": ",".join([*(f"{m}:{m}" for m in own), *([site.mounts] if site.mounts else [])]),
-        "weights": weights,
     }
     return environment.get_template("job.sbatch").render(values)
 

@@ -54,6 +54,7 @@ class RayCluster:
         self._pids: dict[str, list[int]] = {}  # by name of the actor: itself and its descendants
         sweep_stale(cfg.weights)
         self.location = location_of(cfg.weights, Path(cfg.run.dir) / cfg.run.name, cfg.run.name)
+        self._location_file.write_text(self.location)
         status("starting Ray")
         self.host = RayHost(cfg)
         try:
@@ -62,6 +63,11 @@ class RayCluster:
         except BaseException:
             self.close()
             raise
+
+    @property
+    def _location_file(self) -> Path:
+        """Tells a job's script what to remove when SLURM ends the driver before it can."""
+        return self.log_dir / "weights-path"
 
     def _spawn(self, actor: type, name: str, log_name: str, seat: Seat, *args: Any) -> Peer:
         path = str(self.log_dir / f"{log_name}.log")
@@ -185,6 +191,7 @@ class RayCluster:
             self._fleet.abandon()
         self.host.close()
         Path(self.location).unlink(missing_ok=True)  # a rank that was still writing
+        self._location_file.unlink(missing_ok=True)
         self._reap([pid for pids in self._pids.values() for pid in pids])
         self._pids = {}
 

@@ -42,6 +42,9 @@ class Seat:
     env: dict[str, str]
 
 
+START_ATTEMPTS = 3
+
+
 class RayHost:
     """A Ray session of our own, or a connection to RAY_ADDRESS. Only what we started is stopped."""
 
@@ -56,16 +59,32 @@ class RayHost:
         else:
             # Ray's unix sockets live below this folder and their paths must stay short.
             self._owned_dir = cfg.cluster.ray.temp_dir or tempfile.mkdtemp(prefix="rd", dir="/tmp")
-            ray.init(
-                num_cpus=seats + 1,
-                include_dashboard=False,
-                object_store_memory=cfg.cluster.ray.object_store_mb << 20,
-                log_to_driver=False,
-                logging_level=logging.WARNING,
-                _temp_dir=self._owned_dir,
-                _node_ip_address="127.0.0.1",
-            )
+            self._start_own(seats + 1, cfg)
         self.group = self._reserve(cfg)
+
+    def _start_own(self, cpus: int, cfg: Config) -> None:
+        """Ray on this machine. Its node has 30 s to come up, whatever we set; a busy machine needs more."""
+        for attempt in range(START_ATTEMPTS):
+            try:
+                ray.init(
+                    num_cpus=cpus,
+                    include_dashboard=False,
+                    object_store_memory=cfg.cluster.ray.object_store_mb << 20,
+                    log_to_driver=False,
+                    logging_level=logging.WARNING,
+                    _temp_dir=self._owned_dir,
+                    _node_ip_address="127.0.0.1",
+                )
+                return
+            except Exception as error:  # Ray raises the base class here
+                if type(error) is not Exception or "timed out during startup" not in str(error):
+                    raise
+                ray.shutdown()
+                log.warning("Ray's node did not come up within 30 s (attempt %d)", attempt + 1)
+        raise RedoneError(
+            f"Ray's node did not come up within 30 s, {START_ATTEMPTS} times: this machine is overloaded, or "
+            f"its processes may not talk to each other; Ray's logs: {self._owned_dir}/session_latest/logs"
+        )
 
     def _await_nodes(self, cfg: Config) -> None:
         """The launcher's Ray nodes register one after another."""

@@ -25,6 +25,7 @@ from redone.config.losses import (
 )
 from redone.config.parallel import MoeConfig, ParallelConfig
 from redone.config.pipeline import PipelineConfig, SftConfig
+from redone.config.record import ProfileConfig, RecordConfig
 from redone.config.rewards import (
     AnswerReward,
     Check,
@@ -64,7 +65,9 @@ __all__ = [
     "ParallelConfig",
     "PatternReward",
     "PipelineConfig",
+    "ProfileConfig",
     "RayConfig",
+    "RecordConfig",
     "RewardBase",
     "RewardConfig",
     "RewardPoolConfig",
@@ -329,32 +332,6 @@ class EvaluateConfig(Section):
     baselines: tuple[Literal["constant", "label_logprob"], ...] = Field(
         (), description="Baselines of the untrained model on the test files (classification tasks)."
     )
-
-
-class ProfileConfig(Section):
-    """A trace from a step's first update to its weight update."""
-
-    tool: Literal["off", "torch", "nsys"] = Field(
-        "off",
-        description="torch: a Chrome trace beside the rank's log. nsys: Nsight Systems on CUDA, through Ray.",
-    )
-    steps: tuple[Annotated[int, Field(ge=1)], ...] = Field((3,), description="Steps that are traced.")
-    ranks: tuple[Annotated[int, Field(ge=0)], ...] = Field((0,), description="Trainer ranks that are traced.")
-
-
-class RecordConfig(Section):
-    loggers: tuple[Literal["console", "jsonl", "tensorboard", "wandb", "mlflow"], ...] = Field(
-        ("console", "jsonl", "tensorboard"), description="Where metrics go."
-    )
-    samples_per_step: int = Field(4, ge=0, description="Rollouts written per step.")
-    save_batches: int = Field(
-        0,
-        ge=0,
-        description="Keep every n-th step's batch and the trainer's state before it, for `redone replay`; 0: "
-        "none. Each costs the size of a checkpoint.",
-    )
-    project: str = Field("redone", description="Project name for W&B / experiment for MLflow.")
-    profile: ProfileConfig = ProfileConfig()
 
 
 class CheckpointConfig(Section):

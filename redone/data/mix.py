@@ -96,7 +96,8 @@ def mix(
         for stratum, row, place in _rows(sources, draw, check, skip_bad, Drawn()):
             for _ in range(pick(stratum)):
                 found.drawn[stratum] += 1
-                line = {**row, "task": stratum.task, "domain": stratum.domain, "drawn_from": place}
+                origin = row.get("drawn_from", place)  # rows of an earlier draw keep theirs
+                line = {**row, "task": stratum.task, "domain": stratum.domain, "drawn_from": origin}
                 out.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
     if found.drawn.total() != sum(wanted.values()):
         raise DataError(f"{target}: files changed while they were read; run the node again")
@@ -179,8 +180,7 @@ def _wanted(
         totals = {d: round(whole * draw.shares.get(d, 0.0) / norm) for d in by_domain}
     elif draw.total is not None:
         sizes = {d: c.total() * draw.max_repeat for d, c in by_domain.items()}
-        parts = allot(sizes, draw.total, weights={}, caps={})
-        totals = dict(parts)
+        totals = dict(allot(sizes, draw.total, weights={}, caps={}))
     tasks: dict[str, dict[Stratum, int]] = {}  # domain/task -> rows that its strata offer
     parts: dict[str, int] = {}
     for domain, strata in by_domain.items():

@@ -82,7 +82,8 @@ def _pools(task: str, tweets: Sequence[Tweet], sizes: dict[Split, int], seed: in
                 pools[split_of(tweet.text)].append(item)
         return pools
     items = list(dict.fromkeys(_procedural(task, random.Random(f"{seed}/{task}"))))
-    made = [(text, *_solved(task, text)) for text in items]
+    shown = {question for question, _ in PROMPTS[task][1]}  # the prompt holds their answers
+    made = [(text, *_solved(task, text)) for text in items if text not in shown]
     # Small closed pools (code, add): the test split first, then validation, the rest trains.
     start = 0
     for split in ("test", "val", "train"):
@@ -165,14 +166,15 @@ def _tests(text: str) -> tuple[Any, dict[str, Any]]:
     """Tests of a code item, and its solution as the answer to imitate."""
     word = text.split("'")[1] if "'" in text else "x"
     n = int("".join(c for c in text if c.isdigit()) or 0)
-    expression, solve = {
+    known: dict[str, tuple[str, Callable[[str], Any]]] = {
         "contains": (f"'{word}' in t", lambda t: word in t),
         "starts": (f"t.startswith('{word}')", lambda t: t.startswith(word)),
         "counts": (f"t.count('{word}')", lambda t: t.count(word)),
         "removes": (f"t.replace('{word}', '')", lambda t: t.replace(word, "")),
         "longer": (f"len(t) > {n}", lambda t: len(t) > n),
         "first": (f"t[:{n}]", lambda t: t[:n]),
-    }[next(k for k in ("contains", "starts", "counts", "removes", "longer", "first") if k in text)]
+    }
+    expression, solve = known[next(kind for kind in known if kind in text)]
     inputs = [f"{word} on time", f"so {word} and {word}", "nothing here", "y" * n, "y" * (n + 1)]
     tests = [f"assert f({i!r}) == {solve(i)!r}" for i in inputs]
     return tests, {"response": f"```python\nf = lambda t: {expression}\n```"}

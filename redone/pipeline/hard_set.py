@@ -40,7 +40,11 @@ def write_hard_set(
     wanted = set(chosen)
     rates = {a.prompt_id: a.mean_score for a in answers}
     hard = folder / "hard.jsonl"
-    rows = ({**k.values, "mean_score": rates[k.id]} for k in known_rows(files, cfg) if k.id in wanted)
+    rows = (
+        {"drawn_from": k.row.place, **k.values, "mean_score": rates[k.id]}
+        for k in known_rows(files, cfg)
+        if k.id in wanted
+    )
     found = write_rows(hard, rows)
     if found != len(wanted):
         raise DataError(

@@ -130,7 +130,7 @@ def as_conversation(known: Known, cfg: Config) -> dict[str, Any] | None:
         "domain": known.row.domain,
         "messages": [{"role": m.role, "content": m.content} for m in turns],
         "prompt_id": known.id,
-        "from": place,
+        "drawn_from": known.values.get("drawn_from", place),
     }
 
 

@@ -65,7 +65,10 @@ def test_killed_trainer_ends_the_run(workplace: Workplace) -> None:
     assert_clean(workplace, "kill-trainer")
 
 
-@pytest.mark.parametrize("how", ["kill", pytest.param("stop", marks=pytest.mark.slow)])
+@pytest.mark.unproven
+@pytest.mark.parametrize(
+    "how", ["kill", pytest.param("stop", marks=[pytest.mark.slow, pytest.mark.unproven])]
+)
 def test_lost_engine_is_replaced_and_the_run_goes_on(workplace: Workplace, how: str) -> None:
     """kill -9, or SIGSTOP that only the missing sign of life tells. Nothing is trained twice."""
     name = f"engine-{how}"
@@ -89,6 +92,7 @@ def test_lost_engine_is_replaced_and_the_run_goes_on(workplace: Workplace, how: 
     assert_clean(workplace, name)
 
 
+@pytest.mark.unproven
 @pytest.mark.slow
 def test_stopped_trainer_is_named_and_ends_the_run(workplace: Workplace) -> None:
     process = workplace.start(*workplace.run_args("stopped", *LONG_RUN, "cluster.health_timeout_s=10"))
@@ -101,6 +105,7 @@ def test_stopped_trainer_is_named_and_ends_the_run(workplace: Workplace) -> None
     assert_clean(workplace, "stopped")
 
 
+@pytest.mark.unproven
 @pytest.mark.slow
 def test_a_saved_batch_is_run_again(workplace: Workplace) -> None:
     args = workplace.run_args(

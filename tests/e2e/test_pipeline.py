@@ -18,6 +18,8 @@ from .test_tiny_run import our_processes
 TINY = REPO / "configs" / "tiny" / "pipeline.yaml"
 Made = tuple[Workplace, subprocess.CompletedProcess[str]]
 
+pytestmark = pytest.mark.unproven  # passed before the last merge, not seen since
+
 
 def args(place: Workplace, name: str, *overrides: str) -> list[str]:
     return ["run", str(TINY), f"run.dir={place.root}", f"run.name={name}", *overrides]
@@ -139,6 +141,7 @@ MOMENTS: dict[str, Callable[[Path], bool]] = {
 
 
 @pytest.mark.slow
+@pytest.mark.unproven
 def test_killed_in_every_stage_equals_the_uninterrupted_pipeline(made: Made) -> None:
     """SIGKILL in explore, soft labels, target and refine, one after the other, each time gone on with."""
     place, _ = made
@@ -161,6 +164,8 @@ def test_killed_in_every_stage_equals_the_uninterrupted_pipeline(made: Made) -> 
     assert {n: d["inputs"].keys() for n, d in after.items()} == {
         n: d["inputs"].keys() for n, d in before.items()
     }
+    for node in ("explore_data", "sft_set", "soft_labels", "refine_data"):
+        assert after[node]["outputs"] == before[node]["outputs"], node
     for node, file in (
         *((n, "answers.jsonl") for n in before if n.startswith(("evaluate", "probe"))),
         ("soft_labels", "candidates.jsonl"),
@@ -173,6 +178,7 @@ def test_killed_in_every_stage_equals_the_uninterrupted_pipeline(made: Made) -> 
 
 
 @pytest.mark.slow
+@pytest.mark.unproven
 def test_one_changed_input_runs_exactly_its_dependents(made: Made) -> None:
     place, _ = made
     changed = "pipeline.nodes.soft_labels.threshold=0.05"
@@ -187,6 +193,7 @@ def test_one_changed_input_runs_exactly_its_dependents(made: Made) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.unproven
 def test_an_empty_failure_bucket_skips_the_target_or_stops(made: Made) -> None:
     place, _ = made
     nothing = "pipeline.nodes.diagnose.fail_below=0"
@@ -203,6 +210,7 @@ def test_an_empty_failure_bucket_skips_the_target_or_stops(made: Made) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.unproven
 def test_a_judge_that_is_down_stops_and_keeps_the_candidates(made: Made) -> None:
     place, _ = made
     judge = (

@@ -52,6 +52,7 @@ CASES: dict[str, tuple[str, int, dict[str, int], int]] = {
 }
 
 
+@pytest.mark.unproven
 @pytest.mark.slow
 @pytest.mark.usefixtures("alone")
 @pytest.mark.parametrize("case", CASES)

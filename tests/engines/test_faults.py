@@ -57,6 +57,7 @@ def test_killed_during_a_weight_update(cluster: RayCluster) -> None:
     assert push_random(cluster, 3)["sync/canary_max_abs_diff"] <= 1e-4
 
 
+@pytest.mark.unproven
 @pytest.mark.slow
 @pytest.mark.usefixtures("alone")
 @pytest.mark.parametrize("in_process", [True, False], ids=["in-process", "async"])
@@ -85,6 +86,7 @@ def test_killed_at_every_other_point(tmp_path: Path, in_process: bool) -> None:
             generate(cluster)
 
 
+@pytest.mark.unproven
 @pytest.mark.slow
 @pytest.mark.usefixtures("alone")
 def test_an_engines_own_process_is_killed(tmp_path: Path) -> None:

@@ -29,8 +29,10 @@ def refused(cluster: RayCluster) -> str:
     return str(caught.value)
 
 
-def test_streams_of_both_sides_equal_hugging_face(cluster: RayCluster) -> None:
-    """All points, tensor-parallel with sequence parallelism on the trainer's side."""
+def test_streams_of_both_sides_equal_hugging_face(cluster: RayCluster, tmp_path: Path) -> None:
+    """All points, tensor-parallel with sequence parallelism on the trainer's side; whatever weights the tests
+    before this one left."""
+    cluster.trainers().export(str(tmp_path / "now"))
     sequence = cluster.trainers().canary.sequences[0]
     ours = cluster.trainers().streams(as_batch([sequence]))
     theirs = cluster.engines().streams(0, sequence, cached=False)
@@ -38,7 +40,7 @@ def test_streams_of_both_sides_equal_hugging_face(cluster: RayCluster) -> None:
     assert {s.shape for s in ours.values()} == {(len(sequence), 64)}
     differences = relative_differences(ours, theirs)
     assert max(differences.values()) < FLOOR["float32"], differences
-    held = HeldWeights(Path(cluster.trainers().cfg.model.path))
+    held = HeldWeights(tmp_path / "now")
     with torch.no_grad():
         states = held.model(torch.tensor([list(sequence)]), output_hidden_states=True).hidden_states
     expected = {"model.embed_tokens": states[0], "model.layers.1.mlp": states[2], "model.norm": states[4]}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -78,9 +77,16 @@ class Jobs:
         deadline = time.monotonic() + timeout_s
         while not what():
             state = self.state(name)
+            if state.state == "PENDING" and state.reason == "BeginTime" and state.restarts:
+                self.start_now(name)
             assert state.live or what(), f"{name} is {state}\n{self.logs(name)}"
             assert time.monotonic() < deadline, f"{name}: {state}\n{self.logs(name)}"
             time.sleep(0.3)
+
+    def start_now(self, name: str) -> None:
+        """SLURM lets a requeued job wait for two minutes, which would be most of the tests' time."""
+        update = ["scontrol", "update", f"JobId={job_of(self.run(name))}", "StartTime=now"]
+        subprocess.run(update, timeout=20, check=False)
 
     def wait_for_end(self, name: str, state: str = "COMPLETED", timeout_s: float = 420.0) -> None:
         self.wait(name, lambda: not self.state(name).live, timeout_s)
@@ -109,21 +115,15 @@ class Jobs:
 def cluster() -> Iterator[PrivateSlurm]:
     """Four nodes on this host. Fails, not skips, without slurm-wlm and munge (make system-packages)."""
     private = PrivateSlurm(nodes=4)
-    before = os.environ.get("SLURM_CONF")
     try:
         private.start()
-        os.environ["SLURM_CONF"] = private.env["SLURM_CONF"]
         yield private
     finally:
         private.stop()
-        if before is None:
-            os.environ.pop("SLURM_CONF", None)
-        else:
-            os.environ["SLURM_CONF"] = before
 
 
 @pytest.fixture(scope="session")
-def tiny_assets(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def tiny_assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny model and data, where configs/tiny looks for them."""
     assets = tmp_path_factory.mktemp("assets")
     done = subprocess.run(
@@ -131,13 +131,17 @@ def tiny_assets(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         cwd=REPO, capture_output=True, text=True, timeout=200,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    before = os.environ.get("REDONE_ASSETS")
-    os.environ["REDONE_ASSETS"] = str(assets)
-    yield assets
-    if before is None:
-        os.environ.pop("REDONE_ASSETS")
-    else:
-        os.environ["REDONE_ASSETS"] = before
+    return assets
+
+
+@pytest.fixture(scope="module", autouse=True)
+def environment(cluster: PrivateSlurm, tiny_assets: Path) -> Iterator[None]:
+    """What a user's shell would have; other folders of the same test process must not see it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SLURM_CONF", cluster.env["SLURM_CONF"])
+        patch.setenv("REDONE_ASSETS", str(tiny_assets))
+        patch.chdir(REPO)  # jobs run where they were submitted
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -156,10 +160,5 @@ def big_model(tiny_assets: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 
 @pytest.fixture(scope="session")
-def jobs(
-    cluster: PrivateSlurm, tiny_assets: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Jobs]:
-    before = Path.cwd()
-    os.chdir(REPO)  # jobs run where they were submitted
-    yield Jobs(cluster, tmp_path_factory.mktemp("runs"))
-    os.chdir(before)
+def jobs(cluster: PrivateSlurm, tmp_path_factory: pytest.TempPathFactory) -> Jobs:
+    return Jobs(cluster, tmp_path_factory.mktemp("runs"))

@@ -11,8 +11,11 @@ from pathlib import Path
 
 import pytest
 from redone_launcher.jobs import cancel, job_of, logs, status
+from redone_launcher.ray_node import ray_folder
 
 from .conftest import Jobs
+
+pytestmark = [pytest.mark.slow, pytest.mark.unproven]  # not seen to pass after the last merge
 
 STEPS = 8  # of the two jobs that are compared
 ON_ONE_HOST = 'REDONE_SBATCH_ARGS="--nodelist=node1"\n'
@@ -35,6 +38,15 @@ def together(jobs: Jobs) -> Jobs:
 def warn(jobs: Jobs, name: str) -> None:
     command = ["scancel", "--batch", "--signal=USR1", job_of(jobs.run(name))]
     subprocess.run(command, check=True, timeout=20)
+
+
+def leftovers(jobs: Jobs, name: str) -> list[Path]:
+    """Ray's folders, tokens and shared memory of all attempts at a run."""
+    attempts = sorted((jobs.run(name) / "logs").glob("attempt-*"))
+    assert attempts
+    found = [Path(ray_folder("/tmp", attempt / "ray-address")) for attempt in attempts]
+    found += [attempt / "ray-token" for attempt in attempts]
+    return [*(path for path in found if path.exists()), *Path("/dev/shm").glob(f"redone-*-{name}")]
 
 
 @pytest.fixture(scope="module")
@@ -97,25 +109,21 @@ def test_nothing_of_ours_stays(four: Jobs) -> None:
     ours = ("whole", "cut", "four")
     for name in ours:
         four.wait_for_end(name)
-        job = job_of(four.run(name))
-        assert not Path(f"/tmp/rd{job}").exists(), "Ray's folder"
-        assert not (four.run(name) / "logs/latest/ray-token").exists()
+        assert leftovers(four, name) == []
     assert four.cluster.processes() == []
     assert not list((four.root / "shared/weights").iterdir()), "the weight channel's file"
 
 
-def test_cancel_leaves_nothing_behind(four: Jobs, capsys: pytest.CaptureFixture[str]) -> None:
-    four.wait_for_end("four")
-    four.submit("cancelled", 1, "algorithm.total_steps=500")
-    four.wait_for_step("cancelled", 1)
-    assert four.cluster.processes() != []
-    assert cancel(four.run("cancelled")) == 0
+def test_cancel_leaves_nothing_behind(jobs: Jobs, capsys: pytest.CaptureFixture[str]) -> None:
+    jobs.submit("cancelled", 1, "algorithm.total_steps=500")
+    jobs.wait_for_step("cancelled", 1)
+    assert jobs.cluster.processes() != []
+    assert cancel(jobs.run("cancelled")) == 0
     assert "is cancelled" in capsys.readouterr().out
-    assert four.state("cancelled").state == "CANCELLED"
-    assert four.cluster.processes() == []
-    assert not Path(f"/tmp/rd{job_of(four.run('cancelled'))}").exists()
-    assert not list(Path("/dev/shm").glob("redone-*-cancelled"))
-    assert status(four.run("cancelled")) == 1
+    assert jobs.state("cancelled").state == "CANCELLED"
+    assert jobs.cluster.processes() == []
+    assert leftovers(jobs, "cancelled") == []
+    assert status(jobs.run("cancelled")) == 1
 
 
 # The first attempt's second node fails the site's own check; nothing is wrong with any later one.
@@ -124,27 +132,26 @@ REDONE_NODE_CHECK='[ -n "${SLURM_RESTART_COUNT:-}" ] || [ "$SLURM_NODEID" = 0 ] 
 """
 
 
-def test_two_nodes_survive_an_odd_node_and_a_lost_one(four: Jobs) -> None:
+def test_two_nodes_survive_an_odd_node_and_a_lost_one(jobs: Jobs) -> None:
     """Preflight excludes a node; then one of the others dies in mid-run; the run still ends, on two nodes."""
-    four.wait_for_end("four")
-    four.submit("two", 2, "algorithm.total_steps=20", "checkpoint.every=2", site=ODD_NODE)
-    four.wait_for_step("two", 2, attempt=1)
-    (first,) = four.attempts("two")
+    jobs.submit("two", 2, "algorithm.total_steps=20", "checkpoint.every=2", site=ODD_NODE)
+    jobs.wait_for_step("two", 2, attempt=1)
+    (first,) = jobs.attempts("two")
     assert first["outcome"] == "requeued" and "bad fan" in first["reason"]
     odd = first["nodes"].split(",")[1]
     assert f"{odd}: REDONE_NODE_CHECK ended with 7" in first["reason"]
-    victim = four.state("two").nodes
+    victim = jobs.state("two").nodes
     names = subprocess.run(
         ["scontrol", "show", "hostnames", victim], capture_output=True, text=True, timeout=20, check=True
     ).stdout.split()
     assert odd not in names
-    four.cluster.kill_node(names[1])
-    four.wait_for_end("two")
-    _, second, third = four.attempts("two")
+    jobs.cluster.kill_node(names[1])
+    jobs.wait_for_end("two")
+    _, second, third = jobs.attempts("two")
     assert second["outcome"] == "requeued" and names[1] in second["reason"], second
     assert third["outcome"] == "done"
     assert not {odd, names[1]} & set(third["nodes"].split(","))
-    assert [m["step"] for m in four.metrics("two")] == list(range(21))
-    four.cluster.start_node(names[1])
-    four.cluster.wait_for_idle(4)
-    assert four.cluster.processes() == []
+    assert [m["step"] for m in jobs.metrics("two")] == list(range(21))
+    jobs.cluster.start_node(names[1])
+    jobs.cluster.wait_for_idle(4)
+    assert jobs.cluster.processes() == []

@@ -10,7 +10,7 @@ from redone_launcher.jobs import status
 
 from .conftest import Jobs
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.unproven]
 
 
 def test_the_time_limit_itself(jobs: Jobs) -> None:

@@ -158,7 +158,7 @@ def test_run_hands_over_config_overrides_and_resume(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(run, "run_command", lambda *args: calls.append(args))
     assert run_main("run", "c.yaml", "a.b=1", "c=2") == 0
     assert run_main("run", "--resume", str(tmp_path), "a.b=1") == 0
-    assert calls == [(Path("c.yaml"), ["a.b=1", "c=2"], None), (None, ["a.b=1"], tmp_path)]
+    assert calls == [(Path("c.yaml"), ["a.b=1", "c=2"], None, []), (None, ["a.b=1"], tmp_path, [])]
 
 
 def test_audit_of_a_ledger(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from redone_launcher.main import EXIT_STOPPED, main
-from redone_launcher.run import StopRequest
+from redone_launcher.session import StopRequest
 
 from redone.config.load import config_from_dict
 from redone.errors import RunFolderError, Stopped
@@ -112,10 +112,10 @@ def test_an_attempt_without_a_checkpoint_is_undone(tmp_path: Path) -> None:
 
 
 def test_overrides_may_follow_options(capsys: pytest.CaptureFixture[str]) -> None:
-    from redone_launcher.main import parse, parser
+    from redone_launcher.main import parse
 
-    args = parse(parser(), ["submit", "c.yaml", "a.b=1", "--nodes", "2", "run.name=x"])
+    args = parse(["submit", "c.yaml", "a.b=1", "--nodes", "2", "run.name=x"])
     assert args.overrides == ["a.b=1", "run.name=x"] and args.nodes == 2
     with pytest.raises(SystemExit):
-        parse(parser(), ["submit", "c.yaml", "--nodes", "2", "--nods", "x=1"])
+        parse(["submit", "c.yaml", "--nodes", "2", "--nods", "x=1"])
     assert "unrecognized arguments: --nods" in capsys.readouterr().err

@@ -48,6 +48,8 @@ def test_every_task_is_there_and_splits_are_disjoint(rows: dict[str, list[dict[s
         and not texts["train"] & texts["val"]
         and not texts["val"] & texts["test"]
     )
+    shown = {(task, question) for task, (_, examples) in PROMPTS.items() for question, _ in examples}
+    assert not shown & (texts["train"] | texts["val"] | texts["test"])
     assert sum(TURNS.values()) == 16
     values = Counter(r["extra_info"]["balance"] for r in rows["train"])
     assert len(values) == 16

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from ifeval_pairs import EN, LOOSE, PAIRS
 
@@ -152,6 +152,7 @@ PS, PPS = re.compile(r"\s*p\.\s?s\..*$", re.M), re.compile(r"\s*p\.\s?p\.\s?s.*$
 
 @settings(max_examples=100)
 @given(st.text(alphabet="[]<>*- \n\x0b\u2028aPpSs.", max_size=30))
+@example("[a] [p]")
 def test_linear_readings_are_the_published_ones(text: str) -> None:
     assert count_placeholders(text) == len(PLACEHOLDER.findall(text))
     found = len(STARS.findall(text)) + len(DASHES.findall(text))
