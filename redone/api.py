@@ -13,6 +13,7 @@ from redone.types import (
     FloatArray,
     Policy,
     Prompt,
+    RouteArray,
     Sampling,
     Score,
     Shard,
@@ -32,7 +33,13 @@ class Trainer(Protocol):
 
     def logprobs(self, shard: Shard, policy: Policy, temperature: float) -> list[FloatArray] | None:
         """One [N] fp32 array per micro-batch, in row order; None on ranks without output (all but
-        TP rank 0 of the last pipeline stage)."""
+        TP rank 0 of the last pipeline stage). Routes in the shard are repeated."""
+
+    def logprobs_and_routes(
+        self, shard: Shard, temperature: float
+    ) -> tuple[list[FloatArray], list[RouteArray]] | None:
+        """`logprobs` of the actor, and [T, L, K] expert choices per micro-batch, to repeat in updates.
+        TrainerError for a dense model and with routing replay off."""
 
     def streams(self, shard: Shard) -> dict[str, FloatArray] | None:
         """The residual stream of a shard of one sequence: point (weights.layers) -> [tokens, hidden] fp32 of
@@ -116,7 +123,11 @@ class TrainerGroup(Protocol):
     def logprobs(
         self, batch: Batch, policy: Policy = "actor", temperature: float | None = None
     ) -> list[list[FloatArray]]:
-        """result[g][i]: [R] fp32 of trajectory i of group g."""
+        """result[g][i]: [R] fp32 of trajectory i of group g. The reference policy routes for itself."""
+
+    def score_old(self, batch: Batch) -> Batch:
+        """The batch with `old_logprobs`; with the expert choices of that pass as well (R2) where
+        trainer.moe.routing_replay asks for them and the rollout brought none."""
 
     def update(self, part: Batch, algorithm: AlgorithmConfig, step: int) -> UpdateReport:
         """One optimizer step of rollout step `step` (1-based), which decides the learning rate."""

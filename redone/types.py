@@ -165,6 +165,21 @@ class Batch:
         edges = [round(i * len(self.groups) / parts) for i in range(parts + 1)]
         return tuple(Batch.of(self.groups[a:b]) for a, b in pairwise(edges))
 
+    @property
+    def has_routes(self) -> bool:
+        """Whether the batch carries expert choices: all of it does, or none."""
+        return any(g.prompt_routes is not None for g in self.groups)
+
+    def without_routes(self) -> Batch:
+        """The same batch, with every choice left to the router."""
+        if not self.has_routes:
+            return self
+        groups = []
+        for group in self.groups:
+            bare = tuple(dataclasses.replace(t, routes=None) for t in group.trajectories)
+            groups.append(dataclasses.replace(group, trajectories=bare, prompt_routes=None))
+        return dataclasses.replace(self, groups=tuple(groups))
+
     def with_logprobs(
         self, name: Literal["old_logprobs", "ref_logprobs"], values: Sequence[Sequence[FloatArray]]
     ) -> Batch:

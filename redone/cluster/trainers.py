@@ -14,7 +14,7 @@ from redone.cluster.canary import Canary
 from redone.cluster.profile import trace_path
 from redone.cluster.remote import Peer, blame, join
 from redone.config.schema import AlgorithmConfig, Config
-from redone.data.pack import build_shards, plan_step, scatter_rows
+from redone.data.pack import build_shards, plan_step, scatter_routes, scatter_rows
 from redone.errors import TrainerError
 from redone.types import Batch, FloatArray, Policy, StepPlan, UpdateReport, WeightBucket, WeightPlan
 from redone.weights.sync import Moved
@@ -39,7 +39,8 @@ class RayTrainerGroup:
 
     def _call_sharded(self, method: str, batch: Batch, *args: Any) -> tuple[StepPlan, list[Any]]:
         trainer = self.cfg.trainer
-        plan = plan_step(batch, self.dp, trainer.max_token_len_per_rank, trainer.prefix_sharing)
+        budget, cost = trainer.max_token_len_per_rank, self.infos[0]["cost"]
+        plan = plan_step(batch, self.dp, budget, trainer.prefix_sharing, cost)
         shards = [ray.put(s) for s in build_shards(batch, plan, pad_multiple=trainer.parallel.tensor)]
         refs = [
             p.handle.call.remote(method, shards[int(info["dp_rank"])], *args)
@@ -53,12 +54,27 @@ class RayTrainerGroup:
         """result[g][i]: [R] fp32. temperature None: the rollout's."""
         if temperature is None:
             temperature = self.cfg.rollout.temperature
+        if policy == "reference":
+            batch = batch.without_routes()
         plan, results = self._call_sharded("logprobs", batch, policy, temperature)
-        by_rank: list[Any] = [None] * self.dp
-        for info, rows in zip(self.infos, results, strict=True):
-            if rows is not None:
-                by_rank[int(info["dp_rank"])] = rows
-        return scatter_rows(batch, plan, by_rank)
+        return scatter_rows(batch, plan, self._by_replica(results))
+
+    def score_old(self, batch: Batch) -> Batch:
+        """See redone.api."""
+        if not self.infos[0]["records_routes"] or batch.has_routes:
+            return batch.with_logprobs("old_logprobs", self.logprobs(batch))
+        plan, results = self._call_sharded("logprobs_and_routes", batch, self.cfg.rollout.temperature)
+        found = self._by_replica(results)
+        batch = batch.with_logprobs("old_logprobs", scatter_rows(batch, plan, [rows for rows, _ in found]))
+        return scatter_routes(batch, plan, [routes for _, routes in found])
+
+    def _by_replica(self, results: Sequence[Any]) -> list[Any]:
+        """Of every data-parallel replica what the rank with output returned."""
+        found: list[Any] = [None] * self.dp
+        for info, result in zip(self.infos, results, strict=True):
+            if result is not None:
+                found[int(info["dp_rank"])] = result
+        return found
 
     def update(self, part: Batch, algorithm: AlgorithmConfig, step: int) -> UpdateReport:
         if step in self.cfg.record.profile.steps and self.profiled_step is None:

@@ -58,7 +58,7 @@ def rl_step(
         # With a single update the policy IS the old policy: the ratio is 1 and the pass would only repeat it.
         if parts * algorithm.ppo_epochs > 1 or algorithm.importance.level != "off":
             with phase("old_log_prob"):
-                batch = batch.with_logprobs("old_logprobs", trainer.logprobs(batch))
+                batch = trainer.score_old(batch)
         if algorithm.kl.coef > 0:
             with phase("ref"):
                 batch = batch.with_logprobs("ref_logprobs", trainer.logprobs(batch, policy="reference"))

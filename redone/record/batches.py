@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from redone.errors import RunFolderError
-from redone.types import Batch, TrainGroup, Trajectory
+from redone.types import Batch, RouteArray, TrainGroup, Trajectory
 
 FORMAT = 1
-FIELDS = ("token_ids", "loss_mask", "advantages", "engine_logprobs", "old_logprobs", "ref_logprobs")
+FIELDS = ("token_ids", "loss_mask", "advantages", "engine_logprobs", "old_logprobs", "ref_logprobs", "routes")
 
 
 def write_batch(path: Path, batch: Batch, parts: int) -> None:
@@ -33,6 +33,10 @@ def write_batch(path: Path, batch: Batch, parts: int) -> None:
         values = [getattr(t, field) for t in trajectories]
         if values and values[0] is not None:
             arrays[field] = _flat(values)
+    if batch.has_routes:
+        arrays["prompt_routes"] = _flat(
+            [g.prompt_routes for g in batch.groups if g.prompt_routes is not None]
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     np.savez(path, **arrays)
 
@@ -56,11 +60,19 @@ def read_batch(path: Path) -> tuple[Batch, int]:
         )
         for i, version in enumerate(arrays["versions"])
     ]
-    prompts = np.split(arrays["prompt_ids"], np.cumsum(arrays["prompt_lengths"])[:-1])
+    prompt_edges = np.cumsum(arrays["prompt_lengths"])[:-1]
+    prompts = np.split(arrays["prompt_ids"], prompt_edges)
+    routes: Sequence[RouteArray | None] = [None] * len(prompts)
+    if "prompt_routes" in arrays:
+        routes = np.split(arrays["prompt_routes"], prompt_edges)
     groups, at = [], 0
-    for prompt_id, prompt, size in zip(meta["ids"], prompts, arrays["sizes"], strict=True):
+    for i, size in enumerate(arrays["sizes"]):
         members = tuple(trajectories[at : at + int(size)])
-        groups.append(TrainGroup(prompt_id=prompt_id, prompt_ids=prompt, trajectories=members))
+        groups.append(
+            TrainGroup(
+                prompt_id=meta["ids"][i], prompt_ids=prompts[i], trajectories=members, prompt_routes=routes[i]
+            )
+        )
         at += int(size)
     return Batch.of(groups), int(meta["parts"])
 

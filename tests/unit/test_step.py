@@ -83,6 +83,9 @@ class Group:
         self.story.events.append(f"logprobs {policy}")
         return [[np.full(len(t.token_ids), -0.7, np.float32) for t in g.trajectories] for g in batch.groups]
 
+    def score_old(self, batch: Batch) -> Batch:
+        return batch.with_logprobs("old_logprobs", self.logprobs(batch))
+
     def update(self, part: Batch, algorithm: AlgorithmConfig, step: int) -> UpdateReport:
         self.story.events.append(f"update {len(part.groups)} in step {step}")
         self.parts.append(part)

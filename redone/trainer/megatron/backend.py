@@ -103,6 +103,7 @@ class MegatronTrainer:
             "vocab_size": self.shape.vocab,
             "parameters": sum(p.numel() for p in self._parameters()),
             "cost": token_costs(self.shape),
+            "records_routes": self._records_routes,
         }
 
     @on_device
@@ -128,6 +129,10 @@ class MegatronTrainer:
             self.config.sequence_parallel,
         )
 
+    @property
+    def _records_routes(self) -> bool:
+        return bool(self.config.moe_enable_routing_replay and self.shape.num_experts)
+
     @on_device
     def logprobs_and_routes(
         self, shard: Shard, temperature: float
@@ -136,7 +141,7 @@ class MegatronTrainer:
 
         None on the ranks without output. Raises TrainerError for a dense model and with routing replay off.
         """
-        if not self.config.moe_enable_routing_replay or not self.shape.num_experts:
+        if not self._records_routes:
             raise TrainerError(
                 "routes need a mixture-of-experts model and trainer.moe.routing_replay not off"
             )
