@@ -135,16 +135,11 @@ class RlRun:
         )
 
     def _collapsed(self, step: int, metrics: Mapping[str, float]) -> bool:
-        """Says it when a task's answers have become one; whether the run ends for it."""
-        wanted = self.cfg.evaluate.collapse
-        fallen = self.watch.step(metrics)
-        for task in fallen:
-            self._note(
-                f"step {step}: task {task} has collapsed: one answer took {wanted.share:.0%} or more of its "
-                f"rollouts for {wanted.steps} steps. Balance the batches (data.balance_key), lower "
-                "trainer.optim.lr, or raise algorithm.entropy_coeff"
-            )
-        return bool(fallen) and wanted.action == "stop"
+        """Says every sign of collapse; whether the run ends for it."""
+        signs = self.watch.step(metrics)
+        for sentence in signs:
+            self._note(f"step {step}: {sentence}")
+        return bool(signs) and self.cfg.evaluate.collapse.action == "stop"
 
     def _note(self, message: str) -> None:
         self.notes.append(message)
