@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import faulthandler
+import gc
 import json
 import os
 import pickle
@@ -84,6 +85,7 @@ def make_config(path: str | Path, layout: Layout, **options: Any) -> Config:
 
 
 def make_trainer(path: str | Path, layout: Layout, **options: Any) -> Any:
+    close_groups()
     cfg = make_config(path, layout, **options)
     return build_trainer(cfg, dist.get_rank(), dist.get_world_size(), "unused")
 
@@ -359,7 +361,9 @@ def _message(kind: type[RedoneError], action: Any) -> str:
 
 
 def close_groups() -> None:
-    """End the groups of the last layout: each has threads that wake a hundred times a second."""
+    """End the groups of the last layout: each has threads that wake a hundred times a second. They end when
+    nothing refers to them any more: no trainer."""
+    gc.collect()
     for group in list(dist.distributed_c10d._world.pg_map):
         if group is not dist.group.WORLD:
             dist.destroy_process_group(group)

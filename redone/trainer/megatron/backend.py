@@ -242,6 +242,10 @@ class MegatronTrainer:
         if self.publisher is not None:
             self.publisher.close()
         self.saver.wait()
+        # The optimizer's fp32 shards are views of the parameters: through autograd they hold Megatron's gradient
+        # hooks, these the model, its configuration the optimizer. A cycle through C++ is never collected, and
+        # with it the process groups and their threads would stay.
+        self.config.grad_scale_func = None
         parallel_state.destroy_model_parallel()
         if self._owns_group and dist.is_initialized():
             dist.destroy_process_group()
