@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.router_replay import RouterReplay
 from torch import Tensor
 
@@ -242,10 +243,14 @@ class MegatronTrainer:
         if self.publisher is not None:
             self.publisher.close()
         self.saver.wait()
-        # The optimizer's fp32 shards are views of the parameters: through autograd they hold Megatron's gradient
-        # hooks, these the model, its configuration the optimizer. A cycle through C++ is never collected, and
-        # with it the process groups and their threads would stay.
+        # Cycles through C++ are never collected, and with them process groups and their threads would stay:
+        # the optimizer's fp32 shards are views of the parameters and hold, through autograd, Megatron's
+        # gradient hooks, these the model, its configuration the optimizer; so do the last dispatch's
+        # probabilities.
         self.config.grad_scale_func = None
+        for layer in (m for module in self.modules for m in module.modules()):
+            if isinstance(layer, MoELayer):
+                layer.token_dispatcher.probs = None
         parallel_state.destroy_model_parallel()
         if self._owns_group and dist.is_initialized():
             dist.destroy_process_group()
