@@ -112,7 +112,11 @@ def balanced(kind: str, layout: Layout, sabotage: bool = False, **options: Any) 
             )
             shard = dataclasses.replace(shard, microbatches=(flat,))
         forward_backward(trainer.models, shard, trainer.cfg.algorithm, 1.0)
-        counts = [(r.layer_number, r.load.tolist()) for r in moe.routers(trainer.modules)]
+        counts = []
+        for router in moe.routers(trainer.modules):
+            load = router.load.clone()
+            dist.all_reduce(load)  # sequence parallelism: every rank counts its own rows
+            counts.append((router.layer_number, load.tolist()))
         aux = moe.take_aux_loss(trainer.config)
         found.append((worker.full_gradients(trainer), counts, aux))
         trainer.close()

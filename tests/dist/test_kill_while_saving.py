@@ -39,12 +39,6 @@ def check(found: list[dict[str, Any]]) -> None:
     assert saved >= len(found)
 
 
-@pytest.mark.unproven
-@pytest.mark.parametrize("asynchronous", [False, True], ids=["at once", "in a thread"])
-def test_three_kills(models: Path, tmp_path: Path, asynchronous: bool) -> None:
-    check(run_trials(models / "moe", tmp_path / "run", 3, asynchronous))
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("asynchronous", [False, True], ids=["at once", "in a thread"])
 def test_twenty_kills(models: Path, tmp_path: Path, asynchronous: bool) -> None:

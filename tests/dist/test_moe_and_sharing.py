@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from cases import marks
 from ranks import Group
 from test_trainer import GRADIENT, PARITY, WEIGHT
 
 
 def at(cases: dict[str, int]) -> list[object]:
-    return [pytest.param(world, name, id=name, marks=marks(name)) for name, world in cases.items()]
+    return [pytest.param(world, name, id=name) for name, world in cases.items()]
 
 
 @pytest.mark.parametrize(
@@ -18,9 +17,10 @@ def at(cases: dict[str, int]) -> list[object]:
     indirect=["group"],
 )
 def test_recorded_routes_are_repeated(group: Group, name: str) -> None:
-    """The same weights: bit-equal. Another router: other choices without replay, and replay keeps the old."""
+    """The same weights: bit-equal; where rows are padded, the padding's choices are not repeated and experts
+    multiply other numbers of rows. Another router: other choices without replay, and replay keeps the old."""
     result = group[name]
-    assert result["same"] == 0.0
+    assert result["same"] <= (0.0 if name == "replay" else 2e-6)
     assert result["moved"] > 1e-2 and result["free_to_kept"] > 1e-2
     assert result["prompt_rows"] == 20
 
@@ -58,7 +58,6 @@ def test_a_planted_error_fails_parity_and_the_self_check(world1: Group, what: st
     assert "prefix sharing changes log-probabilities" in found[f"check {what}"]
 
 
-@pytest.mark.unproven
 def test_metrics_of_sharing_and_expert_load(world4: Group) -> None:
     found = world4["metrics TP2xEP2"]
     assert found["prefix/token_ratio"] > 1.2
@@ -66,7 +65,6 @@ def test_metrics_of_sharing_and_expert_load(world4: Group) -> None:
     assert 0 <= found["moe/idle_experts"] < 1
 
 
-@pytest.mark.unproven
 def test_an_asynchronous_checkpoint_holds_the_state_of_its_save(world1: Group, world4: Group) -> None:
     """A step taken while it was written does not reach it."""
     for result in (world1["asynchronous checkpoint"], world4["asynchronous checkpoint TP2xEP2"]):

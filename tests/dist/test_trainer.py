@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from cases import CHECKPOINTS, CUTS, EXPORTED, LAYOUTS, REAL, TRAINED, marks
+from cases import CHECKPOINTS, CUTS, EXPORTED, LAYOUTS, REAL, TRAINED
 from ranks import Group
 
 PARITY = 1e-5  # nat
@@ -13,7 +13,7 @@ WEIGHT = 2e-5  # after three AdamW steps at lr 1e-3
 
 
 def at(layouts: dict[str, int]) -> list[object]:
-    return [pytest.param(world, name, id=name, marks=marks(name)) for name, world in layouts.items()]
+    return [pytest.param(world, name, id=name) for name, world in layouts.items()]
 
 
 ALL = at({name: world for name, (world, _, _) in LAYOUTS.items()})
@@ -75,7 +75,7 @@ def test_publish_writes_every_weight(group: Group, name: str) -> None:
 
 @pytest.mark.parametrize(
     ("group", "saved", "loaded"),
-    [pytest.param(LAYOUTS[a][0], a, b, id=f"{a} to {b}", marks=marks(a, b, f"{a} -> {b}")) for a, b in CHECKPOINTS],
+    [pytest.param(LAYOUTS[a][0], a, b, id=f"{a} to {b}") for a, b in CHECKPOINTS],
     indirect=["group"],
 )
 def test_a_resumed_run_is_the_uninterrupted_run(group: Group, saved: str, loaded: str) -> None:
