@@ -29,7 +29,7 @@ class Peer:
                 kept = [line.strip() for line in f if line.strip()]
         except OSError:
             return ""
-        return " | ".join(kept[-lines:])
+        return " | ".join(line if len(line) <= 300 else f"{line[:300]}..." for line in kept[-lines:])
 
 
 def explain(peer: Peer, method: str, error: RayError, kind: type[RedoneError]) -> RedoneError:
@@ -49,6 +49,7 @@ def explain(peer: Peer, method: str, error: RayError, kind: type[RedoneError]) -
         return kind(
             f"{peer.name} died during {method}"
             + (f"; its last words: {tail}" if tail else "")
+            + ". If these do not say why, the kernel may have ended it for want of memory (dmesg)"
             + f". Log: {peer.log_path}"
         )
     return kind(f"{peer.name} could not run {method}: {type(error).__name__}: {error}")

@@ -123,7 +123,7 @@ class SftRun:
                 self.folder.save(state, self.trainer.save, checkpoint.keep, checkpoint.asynchronous)
             except (OSError, RedoneError) as error:
                 raise RedoneError(
-                    f"cannot save step {step} in {self.folder.checkpoints}: {error}. Remedy: free space, "
+                    f"cannot save step {step} in {self.folder.checkpoints}: {error}. Remedy: mend that, "
                     f"then --resume {self.folder.path}"
                 ) from None
 

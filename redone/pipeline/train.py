@@ -219,7 +219,7 @@ class RlRun:
             except (OSError, RedoneError) as error:
                 raise RedoneError(
                     f"cannot save step {step} in {self.folder.checkpoints}: {error}; the last good "
-                    f"checkpoint is step {max(self.folder.steps(), default=0)}. Remedy: free space, then "
+                    f"checkpoint is step {max(self.folder.steps(), default=0)}. Remedy: mend that, then "
                     f"--resume {self.folder.path}"
                 ) from None
 
