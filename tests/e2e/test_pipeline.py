@@ -18,7 +18,6 @@ from .test_tiny_run import our_processes
 TINY = REPO / "configs" / "tiny" / "pipeline.yaml"
 Made = tuple[Workplace, subprocess.CompletedProcess[str]]
 
-pytestmark = pytest.mark.unproven  # passed before the last merge, not seen since
 
 
 def args(place: Workplace, name: str, *overrides: str) -> list[str]:

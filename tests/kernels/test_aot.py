@@ -93,7 +93,6 @@ def test_the_table_names_every_case(golden: Table) -> None:
     assert done.stdout.split() == list(golden), done.stderr[-2000:]
 
 
-@pytest.mark.unproven
 @pytest.mark.slow
 def test_fp32_heads(repo: Path, golden: Table) -> None:
     gate(compiled(repo, FP32_HEADS), golden)

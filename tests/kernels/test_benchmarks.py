@@ -30,7 +30,6 @@ def test_head_memory_small(repo: Path) -> None:
     assert head_memory(repo, 512, 40000, 16, 16)["ratio"] >= 8
 
 
-@pytest.mark.unproven
 @pytest.mark.slow
 def test_head_memory(repo: Path) -> None:
     """N = 2048, V = 151,936: at least 8 times less than whole logits."""
