@@ -19,7 +19,6 @@ TINY = REPO / "configs" / "tiny" / "pipeline.yaml"
 Made = tuple[Workplace, subprocess.CompletedProcess[str]]
 
 
-
 def args(place: Workplace, name: str, *overrides: str) -> list[str]:
     return ["run", str(TINY), f"run.dir={place.root}", f"run.name={name}", *overrides]
 
