@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,6 @@ def run_folder(root: Path, data: Path) -> Path:
     return root
 
 
-@pytest.mark.unproven
 def test_every_suite_through_the_engine(workplace: Workplace, redone_data: Path, tmp_path: Path) -> None:
     model = make_tiny_model(tmp_path / "model", "qwen3", max_position_embeddings=4096)
     run = run_folder(tmp_path / "run", workplace.assets / "tiny")
@@ -56,7 +56,8 @@ def test_every_suite_through_the_engine(workplace: Workplace, redone_data: Path,
     assert set(sns["tables"]) == {"released scorer", "corrected scorer"}
     assert all("the scorer's variable" in part["policies"] for part in sns["parts"])
     page = (out / "report.html").read_text()
-    assert "<svg" in page and "http" not in page.replace("http://www.w3.org", "") and "<script" not in page
+    assert "<svg" in page and "<script" not in page  # one file; items may well name addresses
+    assert not re.search(r"(src|href)=.?http|url\(.?http|@import", page)
 
     again = workplace.redone(*args)
     assert again.returncode == 0, again.stdout + again.stderr

@@ -65,7 +65,6 @@ def test_killed_trainer_ends_the_run(workplace: Workplace) -> None:
     assert_clean(workplace, "kill-trainer")
 
 
-@pytest.mark.unproven
 @pytest.mark.parametrize(
     "how", ["kill", pytest.param("stop", marks=[pytest.mark.slow, pytest.mark.unproven])]
 )
