@@ -65,9 +65,8 @@ def test_killed_trainer_ends_the_run(workplace: Workplace) -> None:
     assert_clean(workplace, "kill-trainer")
 
 
-@pytest.mark.parametrize(
-    "how", ["kill", pytest.param("stop", marks=[pytest.mark.slow, pytest.mark.unproven])]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["kill", pytest.param("stop", marks=pytest.mark.unproven)])
 def test_lost_engine_is_replaced_and_the_run_goes_on(workplace: Workplace, how: str) -> None:
     """kill -9, or SIGSTOP that only the missing sign of life tells. Nothing is trained twice."""
     name = f"engine-{how}"
