@@ -14,6 +14,7 @@ from redone.cluster.canary import Canary
 from redone.cluster.profile import trace_path
 from redone.cluster.remote import Peer, blame, join
 from redone.config.schema import AlgorithmConfig, Config
+from redone.data.balance import Cost
 from redone.data.pack import build_shards, plan_step, scatter_routes, scatter_rows
 from redone.errors import TrainerError
 from redone.types import Batch, FloatArray, Policy, StepPlan, UpdateReport, WeightBucket, WeightPlan
@@ -39,7 +40,7 @@ class RayTrainerGroup:
 
     def _call_sharded(self, method: str, batch: Batch, *args: Any) -> tuple[StepPlan, list[Any]]:
         trainer = self.cfg.trainer
-        budget, cost = trainer.max_token_len_per_rank, self.infos[0]["cost"]
+        budget, cost = trainer.max_token_len_per_rank, Cost(*self.infos[0]["cost"])
         plan = plan_step(batch, self.dp, budget, trainer.prefix_sharing, cost)
         shards = [ray.put(s) for s in build_shards(batch, plan, pad_multiple=trainer.parallel.tensor)]
         refs = [
