@@ -49,6 +49,7 @@ def cancel_one_of_two(cluster: RayCluster) -> None:
     assert not plant(peer, unfinished), "the engine still works for the cancelled prompt"
 
 
+@pytest.mark.unproven
 def test_cancelled_prompts_leave_the_engine(cluster: RayCluster) -> None:
     cancel_one_of_two(cluster)
 
