@@ -40,7 +40,8 @@ class RayTrainerGroup:
 
     def _call_sharded(self, method: str, batch: Batch, *args: Any) -> tuple[StepPlan, list[Any]]:
         trainer = self.cfg.trainer
-        budget, cost = trainer.max_token_len_per_rank, Cost(*self.infos[0]["cost"])
+        row, pair = self.infos[0]["cost"]
+        budget, cost = trainer.max_token_len_per_rank, Cost(row=row, pair=pair)
         plan = plan_step(batch, self.dp, budget, trainer.prefix_sharing, cost)
         shards = [ray.put(s) for s in build_shards(batch, plan, pad_multiple=trainer.parallel.tensor)]
         refs = [
