@@ -28,6 +28,7 @@ from redone.data.stream import PromptStream, sampling_seed
 from redone.pipeline.step import num_tokens, rl_step, updates_per_batch
 from redone.record.timing import Timings
 from redone.reward.pool import RewardPool
+from redone.rollout.source import InTurn
 from redone.types import Batch, Completion, Prompt, Sampling
 
 PARTS = ("pack", "reward", "rollout", "train", "sync", "e2e")
@@ -233,6 +234,7 @@ def e2e(bench: Bench) -> list[Figure]:
     cfg, trainer, engines = bench.cfg, bench.trainer, bench.engines
     assert trainer is not None and engines is not None
     stream = PromptStream(bench.data, cfg.run.seed, cfg.data.shuffle)
+    source = InTurn(stream, engines, bench.rewards, cfg, bench.stop_token_ids)
     phases: list[dict[str, float]] = []
     tokens: list[int] = []
 
@@ -241,12 +243,10 @@ def e2e(bench: Bench) -> list[Figure]:
         bench.version += 1
         done = rl_step(
             bench.version,
-            stream,
+            source,
             trainer,
             engines,
-            bench.rewards,
             cfg,
-            bench.stop_token_ids,
             timings.timing,
         )
         tokens.append(num_tokens(done.batch))

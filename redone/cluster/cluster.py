@@ -26,6 +26,8 @@ from redone.weights.channel import location_of, sweep_stale
 
 log = logging.getLogger(__name__)
 
+MAX_CALLS = 10_000  # of one engine at once: prompts under way must leave room for an update
+
 
 class RayCluster:
     """redone.api.Cluster. Trainer and engine start-up overlap: both are bound by imports.
@@ -76,7 +78,7 @@ class RayCluster:
             env |= runtime_env(self.cfg, args[0])
         options = dict(
             num_cpus=1, runtime_env=env, scheduling_strategy=self.host.strategy(seat),
-            max_concurrency=1 if actor is TrainerActor else 1000,
+            max_concurrency=1 if actor is TrainerActor else MAX_CALLS,
         )  # fmt: skip
         handle = ray.remote(actor).options(**options).remote(self.cfg, *args, path)
         return Peer(name, handle, path)

@@ -23,6 +23,7 @@ from redone.types import CanaryReading, Completion, FloatArray, Sampling, Weight
 log = logging.getLogger(__name__)
 
 ALARM_S = 2.0  # between two looks at whether the run is lost
+ABORT_S = 5.0  # for an engine to confirm that it dropped a request
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +48,8 @@ class RayEngineFleet:
     An engine that dies is started again with the weights that all engines hold, and what it had not finished
     is asked again with the same seeds; after rollout.max_engine_restarts the run ends.
 
+    generate may run in another thread than the rest, also during load: requests then wait in the engines.
+
     Args:
         start_again: (index, its dead peer) -> a new peer whose start() has returned.
         alarm: called while generation is waited for; raises when the run is lost anyway.
@@ -69,10 +72,13 @@ class RayEngineFleet:
         self._reviving: dict[int, Future[None]] = {}
         self._lost: BaseException | None = None  # why an engine could not be replaced
         self._lock = threading.Lock()
+        self._weights = threading.Lock()  # held while the channel's bytes change, or are read by one engine
+        self._resident = False  # within awake("all")
         self._threads = ThreadPoolExecutor(max(1, len(peers)), thread_name_prefix="revive")
 
     def _call(self, method: str, *args: Any, only: Sequence[int] | None = None) -> list[Any]:
         """One method on every engine (or those of `only`); engines that die are replaced and asked again."""
+        self._settle()
         todo = list(range(len(self.peers)) if only is None else only)
         results: dict[int, Any] = {}
         while todo:
@@ -86,7 +92,6 @@ class RayEngineFleet:
         self, engines: Sequence[int], method: str, args: Sequence[Any], results: dict[int, Any]
     ) -> list[tuple[int, Peer]]:
         """Ask once; fills `results`, returns the engines that died. Raises on any other failure."""
-        self._settle()
         asked = [(e, self.peers[e]) for e in engines]
         refs = [peer.handle.call.remote(method, *args) for _, peer in asked]
         return [
@@ -133,14 +138,9 @@ class RayEngineFleet:
             self.restarts += 1
             log.warning("%s is started again (%d of %d)", dead.name, self.restarts, limit)
             peer = self._start_again(engine, dead)
-            if self.held is not None:
-                held = self.held
-                steps: list[tuple[Any, ...]] = [("begin_update", held.plan)]
-                steps += [("load", bucket) for bucket in held.buckets]
-                for method, *args in [*steps, ("commit", held.version), ("resume",)]:
-                    ref = peer.handle.call.remote(method, *args)
-                    join([peer], [ref], method, self.cfg.trainer.timeout_s, EngineError)
-            self.peers[engine] = peer
+            with self._weights:
+                self._restore(peer)
+                self.peers[engine] = peer
         except BaseException as error:
             self._lost = error
             raise
@@ -148,14 +148,27 @@ class RayEngineFleet:
             with self._lock:
                 del self._reviving[engine]
 
+    def _restore(self, peer: Peer) -> None:
+        """Give a new engine the weights that all hold."""
+        if (held := self.held) is None:
+            return
+        steps: list[tuple[Any, ...]] = [("begin_update", held.plan)]
+        steps += [("load", bucket) for bucket in held.buckets]
+        for method, *args in [*steps, ("commit", held.version), ("resume",)]:
+            ref = peer.handle.call.remote(method, *args)
+            join([peer], [ref], method, self.cfg.trainer.timeout_s, EngineError)
+
     async def generate(
         self, prompt_ids: Sequence[int], sampling: Sampling, seeds: Sequence[int]
     ) -> list[Completion]:
-        """len(seeds) completions from the engine with the fewest sequences in flight."""
+        """len(seeds) completions from the engine with the fewest sequences in flight.
+
+        Cancelled, the engine drops the requests.
+        """
         while True:
             engine = await self._pick()
             peer = self.peers[engine]
-            self.in_flight[engine] += len(seeds)
+            self._count(engine, len(seeds))
             try:
                 return await self._answer(peer.handle.call.remote("generate", prompt_ids, sampling, seeds))
             except (RayTaskError, RayActorError) as error:
@@ -165,15 +178,26 @@ class RayEngineFleet:
                     log.warning("%s", explain(peer, "generate", error, EngineError))
                 self._revive(engine, peer)
             finally:
-                self.in_flight[engine] -= len(seeds)
+                self._count(engine, -len(seeds))
+
+    def _count(self, engine: int, sequences: int) -> None:
+        with self._lock:
+            self.in_flight[engine] += sequences
 
     async def _answer(self, ref: Any) -> list[Completion]:
         future = asyncio.ensure_future(_awaited(ref))
-        while True:
-            done, _ = await asyncio.wait([future], timeout=ALARM_S)
-            if done:
-                return future.result()
-            self._alarm()
+        try:
+            while True:
+                done, _ = await asyncio.wait([future], timeout=ALARM_S)
+                if done:
+                    return future.result()
+                self._alarm()
+        except asyncio.CancelledError:
+            ray.cancel(ref)
+            done, _ = await asyncio.wait([future], timeout=ABORT_S)
+            for ended in done:
+                ended.exception()  # that it was cancelled is no news
+            raise
 
     async def _pick(self) -> int:
         """The least busy engine that lives; waits when none does. Raises when one could not be replaced."""
@@ -204,6 +228,14 @@ class RayEngineFleet:
         An engine that dies meanwhile comes back with exactly these weights, so it takes no further part.
         """
         self._settle()
+        with self._weights:
+            lost = self._load(plan, buckets, version)
+        for engine, peer in lost.items():
+            self._revive(engine, peer).result()
+        self._call("resume")
+
+    def _load(self, plan: WeightPlan, buckets: Iterable[WeightBucket], version: int) -> dict[int, Peer]:
+        """Up to commit; returns the engines that died."""
         everyone = list(range(len(self.peers)))
         lost = dict(self._attempt(everyone, "begin_update", (plan,), {}))
         arrived: list[WeightBucket] = []
@@ -219,15 +251,20 @@ class RayEngineFleet:
         for engine, peer, ref in sent:
             if engine not in lost and not self._collect(engine, peer, ref, "load", {}):
                 lost[engine] = peer
-        lost |= dict(self._attempt([e for e in everyone if e not in lost], "commit", (version,), {}))
-        for engine, peer in lost.items():
-            self._revive(engine, peer).result()
-        self._call("resume")
+        return lost | dict(self._attempt([e for e in everyone if e not in lost], "commit", (version,), {}))
 
     @contextmanager
     def awake(self, what: Awake = "all") -> Iterator[None]:
+        """Within awake("all") further ones change nothing."""
+        if self._resident:
+            yield
+            return
         self._call("wake", what)
-        yield
+        self._resident = what == "all"
+        try:
+            yield
+        finally:
+            self._resident = False
         self._call("sleep")
 
     def abandon(self) -> None:

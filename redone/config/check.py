@@ -55,7 +55,7 @@ def check_config(
     problems = [*_lengths(cfg, model_config), *_files(cfg, wanted), *_engines(cfg)]
     problems += [*_trainer(cfg), *_layout(cfg, model_config)]
     if wanted == "rl":
-        problems += [*_batch(cfg), *_algorithm(cfg), *_evaluation(cfg), *_profile(cfg)]
+        problems += [*_batch(cfg), *_algorithm(cfg), *_asynchronous(cfg), *_evaluation(cfg), *_profile(cfg)]
     elif wanted == "sft":
         problems += _sft(cfg)
     elif wanted == "pipeline":
@@ -177,6 +177,24 @@ def _algorithm(cfg: Config) -> Iterator[str]:
         yield (
             f"trainer.optim.lr_warmup_steps={o.lr_warmup_steps} leaves no step of algorithm.total_steps="
             f"{a.total_steps} at full rate; lower it"
+        )
+
+
+def _asynchronous(cfg: Config) -> Iterator[str]:
+    if not (ahead := cfg.rollout.max_staleness):
+        return
+    key = f"rollout.max_staleness={ahead}"
+    if isinstance(cfg.algorithm.loss, SftLoss):
+        yield f"{key} with algorithm.loss.type=sft, which has no importance weights; set it to 0"
+    elif cfg.algorithm.importance.level == "off":
+        yield (
+            f"{key} trains on tokens of older weights, which algorithm.importance.level=off leaves "
+            "uncorrected; set algorithm.importance.level=token, or rollout.max_staleness=0"
+        )
+    if cfg.cluster.device == "cuda":
+        yield (
+            f"{key}: with cluster.device=cuda engines and trainer use the same GPUs in turn, so neither can "
+            "go on while the other works; set rollout.max_staleness=0"
         )
 
 

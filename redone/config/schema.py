@@ -200,6 +200,19 @@ class RolloutConfig(Section):
     replicas: int = Field(1, ge=1, description="Engines.")
     tensor_model_parallel_size: int = Field(1, ge=1, description="Ranks of one engine.")
     gpu_memory_utilization: float = Field(0.7, gt=0, le=1, description="Share of GPU memory for one engine.")
+    max_staleness: int = Field(
+        0,
+        ge=0,
+        description="Steps that generation may be ahead of the trainer; tokens are at most so many weight "
+        "versions older than in a synchronous run. 0: synchronous.",
+    )
+    over_sampling: float = Field(
+        0.0,
+        ge=0,
+        le=4,
+        description="Prompts asked for beyond those needed, as a share of them; once enough groups are in, "
+        "the others are aborted and asked for again in the next step. 0: off.",
+    )
     max_engine_restarts: int = Field(
         3, ge=0, description="Engines that died and were started again, per run, before the run ends."
     )

@@ -68,6 +68,14 @@ RENAMED: dict[str, tuple[str, str]] = {
     f"{_A}tis_imp_ratio_cap": ("algorithm.importance.cap", "with algorithm.importance.level=token"),
     f"{_R}name": ("rollout.engine.type", ""),
     f"{_R}n": ("rollout.n", ""),
+    f"{_R}over_sample_rate": (
+        "rollout.over_sampling",
+        "a share of the prompts that are needed, asked for beyond them",
+    ),
+    "async_training.staleness_threshold": (
+        "rollout.max_staleness",
+        "weight versions, not a share",
+    ),
     f"{_R}temperature": ("rollout.temperature", ""),
     f"{_R}top_p": ("rollout.top_p", ""),
     f"{_R}top_k": ("rollout.top_k", ""),

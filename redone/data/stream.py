@@ -18,6 +18,8 @@ log = logging.getLogger(__name__)
 REFERENCE = "reference"
 EVERYTHING = ""  # the one bucket of an unbalanced stream
 
+Drawn = tuple[int, Prompt]  # (epoch, prompt)
+
 
 @dataclass(slots=True)
 class Cursor:
@@ -48,16 +50,33 @@ class PromptStream:
         self._cursors = {value: Cursor() for value in self._values}
         self._orders: dict[str, tuple[int, list[Prompt]]] = {}
         self._turn = 0
+        self._returned: list[Drawn] = []
+        self._tried: set[tuple[int, str]] = set()  # (epoch, prompt id) of all that were ever given back
         self._fingerprint = _fingerprint(prompts, seed, shuffle, balance_key)
 
-    def take(self, n: int) -> list[tuple[int, Prompt]]:
-        """The next n (epoch, prompt)."""
-        return [self._next() for _ in range(n)]
+    def take(self, n: int) -> list[Drawn]:
+        """The next n (epoch, prompt): what was given back, then new ones."""
+        again, self._returned = self._returned[:n], self._returned[n:]
+        return again + [self._next() for _ in range(n - len(again))]
 
-    def state_dict(self) -> dict[str, Any]:
-        """The cursor, JSON-able."""
+    def give_back(self, drawn: Sequence[Drawn]) -> list[Drawn]:
+        """Prompts that were not finished are drawn again, before new ones.
+
+        Returns those that were given back once already and are not taken a second time: a prompt that is
+        never finished would be generated for ever.
+        """
+        refused = [(epoch, prompt) for epoch, prompt in drawn if (epoch, prompt.id) in self._tried]
+        self._returned += [one for one in drawn if one not in refused]
+        self._tried |= {(epoch, prompt.id) for epoch, prompt in drawn}
+        return refused
+
+    def state_dict(self, pending: Sequence[Drawn] = ()) -> dict[str, Any]:
+        """The cursor, JSON-able. `pending`: what was drawn and is to be drawn again by who goes on here."""
         cursors = {value: [c.epoch, c.position] for value, c in self._cursors.items()}
-        return {"fingerprint": self._fingerprint, "turn": self._turn, "cursors": cursors}
+        state = {"fingerprint": self._fingerprint, "turn": self._turn, "cursors": cursors}
+        if returned := [[epoch, prompt.id] for epoch, prompt in (*pending, *self._returned)]:
+            state["returned"] = returned
+        return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on exactly where `state` was taken. Raises RunFolderError when data, seed or options
@@ -69,8 +88,11 @@ class PromptStream:
             )
         self._turn = state["turn"]
         self._cursors = {value: Cursor(*state["cursors"][value]) for value in self._values}
+        prompts = {prompt.id: prompt for bucket in self._buckets.values() for prompt in bucket}
+        self._returned = [(epoch, prompts[name]) for epoch, name in state.get("returned", ())]
+        self._tried = set()
 
-    def _next(self) -> tuple[int, Prompt]:
+    def _next(self) -> Drawn:
         value = self._values[self._turn]
         self._turn = (self._turn + 1) % len(self._values)
         cursor = self._cursors[value]

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 from redone.algo.stats import mismatch_metrics
 from redone.api import EngineFleet, TrainerGroup
 from redone.config.schema import AlgorithmConfig, Config
-from redone.data.stream import PromptStream
-from redone.reward.pool import RewardPool
 from redone.rollout.build import build_batch
-from redone.rollout.collect import Collected, collect
+from redone.rollout.collect import Collected
+from redone.rollout.source import Source
 from redone.types import Batch, UpdateReport
 
 Phase = Callable[[str], AbstractContextManager[None]]
@@ -34,24 +33,23 @@ def updates_per_batch(cfg: Config, num_groups: int) -> int:
 
 def rl_step(
     step: int,
-    stream: PromptStream,
+    source: Source,
     trainer: TrainerGroup,
     engines: EngineFleet,
-    rewards: RewardPool,
     cfg: Config,
-    stop_token_ids: Sequence[int],
     phase: Phase,
     keep: Keep | None = None,
 ) -> StepResult:
     """Rollout step `step` (1-based): engines hold version step - 1 before it and version step after it.
 
+    A synchronous source generates in it; an asynchronous one (rollout.max_staleness) has done so before, and
+    works for later steps all the while: the weights arrive in mid-generation.
     `phase(name)` times what runs inside it and tells the user what is going on; `keep(batch, parts)` sees the
     batch before the weights change.
     """
     algorithm = cfg.algorithm
     with engines.awake(), phase("gen"):
-        # dynamic sampling: groups that teach nothing are replaced
-        collected = collect(stream, engines, rewards, cfg, step, stop_token_ids)
+        collected = source.take(step)  # dynamic sampling: groups that teach nothing are replaced
     batch = build_batch(collected.groups, cfg)
     parts = updates_per_batch(cfg, len(batch.groups))
     with trainer.awake():
@@ -68,6 +66,7 @@ def rl_step(
             reports = run_updates(step, batch, parts, trainer, algorithm)
         with phase("update_weights"), engines.awake("weights"):
             sync = trainer.push(engines, version=step)  # in place, digest-checked, all engines or none
+            source.pushed(step)
     metrics = {**collected.metrics, **mismatch_metrics(batch), **merge_reports(reports), **sync}
     metrics["perf/total_num_tokens"] = float(num_tokens(batch))
     return StepResult(collected=collected, batch=batch, reports=tuple(reports), metrics=metrics)

@@ -19,6 +19,7 @@ from redone.pipeline.folder import DriverState, RunFolder
 from redone.pipeline.replay import save_step
 from redone.pipeline.step import Keep, StepResult, rl_step
 from redone.reward.pool import RewardPool
+from redone.rollout.source import Source, open_source
 from redone.types import Group, Prompt
 
 log = logging.getLogger(__name__)
@@ -40,7 +41,10 @@ class Observer(Protocol):
 
 @dataclass(slots=True, kw_only=True)
 class RlRun:
-    """The parts of one run. State over time: the stream's cursor, the validation history, the best step."""
+    """The parts of one run. State over time: the stream's cursor, the validation history, the best step.
+
+    `source` exists within `loop` only.
+    """
 
     cfg: Config
     folder: RunFolder
@@ -60,6 +64,7 @@ class RlRun:
     last_step: int = 0
     notes: list[str] = field(default_factory=list)
     watch: CollapseWatch = field(init=False)
+    source: Source = field(init=False)
 
     def __post_init__(self) -> None:
         self.watch = CollapseWatch(self.label_tasks, self.cfg.evaluate.collapse)
@@ -93,18 +98,22 @@ class RlRun:
 
         Raises Stopped, with the last step saved, when a stop was requested.
         """
+        with open_source(
+            self.stream, self.engines, self.rewards, self.cfg, self.stop_token_ids, self.last_step
+        ) as self.source:
+            self._steps()
+
+    def _steps(self) -> None:
         last = self.cfg.algorithm.total_steps
         for step in range(self.last_step + 1, last + 1):
             if self.stop_requested():
                 self._stop_here()
             result = rl_step(
                 step,
-                self.stream,
+                self.source,
                 self.trainer,
                 self.engines,
-                self.rewards,
                 self.cfg,
-                self.stop_token_ids,
                 self.observer.phase,
                 self._keeper(step),
             )
@@ -206,7 +215,7 @@ class RlRun:
             return
         state = DriverState(
             step=step,
-            stream=self.stream.state_dict(),
+            stream=self.source.state_dict(),
             val_history=tuple(self.val_history),
             best_step=self.best_step,
             stream_bytes={},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from contextlib import suppress
 
 from redone.config.schema import JudgeReward
 from redone.errors import JudgeError
@@ -81,7 +82,7 @@ class JudgeLane:
         with self._lock:
             self._latency.seconds.append(time.perf_counter() - start)
             self._latency.failed += score.status == "error"
-        if not job.loop.is_closed():
+        with suppress(RuntimeError):  # closed: nobody waits any more
             job.loop.call_soon_threadsafe(_deliver, job, score)
 
     async def _score(self, task: Task) -> Score:

@@ -13,6 +13,7 @@ import sys
 import threading
 from collections import defaultdict, deque
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 
@@ -190,7 +191,7 @@ class Lane:
         for job, score in zip(jobs, scores, strict=True):
             by_loop[job.loop].append((job.future, score))
         for loop, found in by_loop.items():
-            if not loop.is_closed():
+            with suppress(RuntimeError):  # closed: nobody waits any more
                 loop.call_soon_threadsafe(_set_results, found)
 
 

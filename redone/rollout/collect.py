@@ -1,6 +1,7 @@
 """Generate and score until the step has enough groups that teach something (DAPO's dynamic sampling).
 
-The result depends on the completions only, never on the order in which they arrive.
+The result depends on the completions only, never on the order in which they arrive; with
+rollout.over_sampling it does: the groups that arrive first are taken, and the others aborted.
 """
 
 from __future__ import annotations
@@ -10,14 +11,14 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from redone.algo.select import refill_count, select_groups
 from redone.api import EngineFleet
 from redone.config.schema import Config
-from redone.data.stream import PromptStream, sampling_seed
+from redone.data.stream import Drawn, sampling_seed
 from redone.errors import EngineError, RedoneError
 from redone.reward.pool import RewardPool
 from redone.rollout.metrics import rollout_metrics
@@ -29,6 +30,16 @@ T = TypeVar("T")
 
 MIN_GROUP = 2  # a single response has nothing to be compared with
 
+Scored = Sequence[tuple[Completion, Score | None]]  # a prompt's completions; None: not scored
+
+
+class Prompts(Protocol):
+    """What is needed of data.stream.PromptStream."""
+
+    def take(self, n: int) -> list[Drawn]: ...
+
+    def give_back(self, drawn: Sequence[Drawn]) -> list[Drawn]: ...
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Drop:
@@ -36,7 +47,7 @@ class Drop:
 
     epoch: int
     prompt_id: str
-    reason: str  # "uninformative" | "surplus" | "rollouts failed"
+    reason: str  # "uninformative" | "surplus" | "rollouts failed" | "aborted" | "stale"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +64,7 @@ class Tally:
     groups: list[Group] = field(default_factory=list)
     drops: list[Drop] = field(default_factory=list)
     lost: Counter[str] = field(default_factory=Counter)  # rollouts dropped, by reason
+    aborted: list[Drawn] = field(default_factory=list)  # prompts
     rollouts: int = 0
     tail_s: float = 0.0
     drawn: int = 0
@@ -61,7 +73,7 @@ class Tally:
 
 
 def collect(
-    stream: PromptStream,
+    stream: Prompts,
     engines: EngineFleet,
     rewards: RewardPool,
     cfg: Config,
@@ -74,17 +86,18 @@ def collect(
     failed scores exceeds rollout.max_failed_share, or when filter_groups.max_num_gen_batches rounds were
     not enough and on_exhausted=error. Errors of engines propagate.
     """
-    return asyncio.run(_collect(stream, engines, rewards, cfg, step, tuple(stop_token_ids)))
+    return asyncio.run(collect_async(stream, engines, rewards, cfg, step, tuple(stop_token_ids)))
 
 
-async def _collect(
-    stream: PromptStream,
+async def collect_async(
+    stream: Prompts,
     engines: EngineFleet,
     rewards: RewardPool,
     cfg: Config,
     step: int,
     stop_token_ids: tuple[int, ...],
 ) -> Collected:
+    """See collect. Cancelled, it aborts its requests in the engines."""
     filtering = cfg.algorithm.filter_groups
     wanted = cfg.algorithm.train_batch_size
     sampling = Sampling(
@@ -95,19 +108,19 @@ async def _collect(
         stop_token_ids=stop_token_ids,
     )
     tally = Tally()
-    count = wanted
+    count, informative = wanted, 0
     while count > 0:
-        drawn = stream.take(count)
+        drawn = stream.take(count + math.ceil(count * cfg.rollout.over_sampling))
         finished: list[float] = []
-        # gather, not TaskGroup: an engine's error must reach the user as itself, not as an ExceptionGroup
-        results = await asyncio.gather(
-            *(
-                _timed(_run_prompt(epoch, prompt, engines, rewards, sampling, cfg), finished)
-                for epoch, prompt in drawn
-            )
-        )
+        works = [
+            _timed(_run_prompt(epoch, prompt, engines, rewards, sampling, cfg), finished)
+            for epoch, prompt in drawn
+        ]
+        results = await _round(works, wanted - informative, cfg)
         tally.tail_s += tail_seconds(finished)
-        _add_round(tally, drawn, results)
+        aborted = _add_round(tally, drawn, results)
+        refused = stream.give_back(aborted)
+        tally.drops += [Drop(epoch=e, prompt_id=p.id, reason="aborted") for e, p in refused]
         _check_failures(tally, cfg, step)
         if not filtering.enable or tally.rounds == filtering.max_num_gen_batches:
             break
@@ -117,9 +130,42 @@ async def _collect(
     return replace(result, metrics=result.metrics | rewards.metrics())
 
 
+async def _round(works: Sequence[Awaitable[Scored]], missing: int, cfg: Config) -> list[Scored | None]:
+    """All results, in order; with over-sampling those that came until `missing` groups can be trained on."""
+    if cfg.rollout.over_sampling == 0:
+        # gather, not TaskGroup: an engine's error must reach the user as itself, not as an ExceptionGroup
+        return list(await asyncio.gather(*works))
+    return await first_enough(works, lambda scored: _trainable(scored, cfg), missing)
+
+
+async def first_enough(
+    works: Sequence[Awaitable[T]], counts: Callable[[T], bool], wanted: int
+) -> list[T | None]:
+    """Results in the order of `works` until `wanted` of them count; what is still at work then is cancelled,
+    and None. The first error is raised, and everything cancelled."""
+    tasks = [asyncio.ensure_future(work) for work in works]
+    pending = set(tasks)
+    try:
+        while pending and wanted > 0:
+            done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+            wanted -= sum(counts(task.result()) for task in done)
+    finally:
+        for task in pending:
+            task.cancel()
+        await asyncio.gather(*pending, return_exceptions=True)
+    return [None if task in pending else task.result() for task in tasks]
+
+
+def _trainable(scored: Scored, cfg: Config) -> bool:
+    """Whether the group of these completions would be trained on."""
+    raw = [score.raw for _, score in scored if score is not None and score.status == "ok"]
+    filtering = cfg.algorithm.filter_groups
+    return len(raw) >= MIN_GROUP and (not filtering.enable or max(raw) - min(raw) > filtering.eps)
+
+
 async def _run_prompt(
     epoch: int, prompt: Prompt, engines: EngineFleet, rewards: RewardPool, sampling: Sampling, cfg: Config
-) -> list[tuple[Completion, Score | None]]:
+) -> Scored:
     """The n completions of one prompt and their scores (None: aborted, not scored)."""
     seeds = [sampling_seed(cfg.run.seed, epoch, prompt.id, index) for index in range(cfg.rollout.n)]
     if cfg.rollout.forced_lengths:
@@ -162,15 +208,18 @@ def force_lengths(sampling: Sampling, lengths: Sequence[int], seeds: Sequence[in
     return replace(sampling, lengths=chosen, max_tokens=max(chosen), ignore_eos=True, stop_token_ids=())
 
 
-def _add_round(
-    tally: Tally,
-    drawn: Sequence[tuple[int, Prompt]],
-    results: Sequence[Sequence[tuple[Completion, Score | None]]],
-) -> None:
-    """Book one round, in draw order: usable rollouts into groups, everything else into the counters."""
+def _add_round(tally: Tally, drawn: Sequence[Drawn], results: Sequence[Scored | None]) -> list[Drawn]:
+    """Book one round, in draw order: usable rollouts into groups, everything else into the counters.
+
+    Returns the prompts that were aborted (their result is None).
+    """
     tally.rounds += 1
     tally.drawn += len(drawn)
+    aborted: list[Drawn] = []
     for (epoch, prompt), scored in zip(drawn, results, strict=True):
+        if scored is None:
+            aborted.append((epoch, prompt))
+            continue
         rollouts = []
         for completion, score in scored:
             tally.rollouts += 1
@@ -185,6 +234,8 @@ def _add_round(
             tally.drops.append(Drop(epoch=epoch, prompt_id=prompt.id, reason="rollouts failed"))
         else:
             tally.groups.append(Group(prompt=prompt, epoch=epoch, rollouts=tuple(rollouts)))
+    tally.aborted += aborted
+    return aborted
 
 
 def _check_failures(tally: Tally, cfg: Config, step: int) -> None:
@@ -201,9 +252,11 @@ def _result(tally: Tally, cfg: Config, step: int) -> Collected:
     filtering = cfg.algorithm.filter_groups
     wanted = cfg.algorithm.train_batch_size
     selection = select_groups(tally.groups, wanted, filtering.eps)
-    kept = tuple(tally.groups)
+    kept = tuple(tally.groups[:wanted])
     drops = list(tally.drops)
-    if filtering.enable:
+    if not filtering.enable:
+        drops += [_drop(group, "surplus") for group in tally.groups[wanted:]]
+    else:
         kept = selection.kept
         drops += [_drop(group, "uninformative") for group in selection.uninformative]
         drops += [_drop(group, "surplus") for group in selection.surplus]
@@ -231,6 +284,9 @@ def _result(tally: Tally, cfg: Config, step: int) -> Collected:
         "rollout/dropped_groups": float(len(drops)),
         "train/num_gen_batches": float(tally.rounds),
     }
+    if cfg.rollout.over_sampling:
+        metrics["rollout/aborted_groups"] = float(len(tally.aborted))
+        metrics["rollout/aborted_twice"] = float(sum(drop.reason == "aborted" for drop in drops))
     return Collected(groups=kept, drops=tuple(drops), metrics=metrics)
 
 

@@ -50,6 +50,8 @@ def test_a_legal_configuration_passes_in_silence() -> None:
     assert check_config(config()) == ()
     assert check_config(config(), DENSE) == ()
     assert check_config(config(trainer__parallel={"expert": 2}), MOE) == ()
+    ahead = config(rollout__max_staleness=1, algorithm__importance__level="token")
+    assert check_config(ahead, DENSE) == ()
 
 
 @pytest.mark.parametrize(
@@ -86,6 +88,23 @@ def test_a_legal_configuration_passes_in_silence() -> None:
             "entropy_coeff=0.1 has no",
         ),
         ({"algorithm__loss": {"type": "sft"}, "algorithm__importance__level": "token"}, "level=token has no"),
+        (
+            {"rollout__max_staleness": 2},
+            "rollout.max_staleness=2 trains on tokens of older weights, which algorithm.importance.level=off "
+            "leaves uncorrected; set algorithm.importance.level=token",
+        ),
+        (
+            {"rollout__max_staleness": 1, "algorithm__loss": {"type": "sft"}},
+            "rollout.max_staleness=1 with algorithm.loss.type=sft, which has no importance weights",
+        ),
+        (
+            {
+                "rollout__max_staleness": 1,
+                "algorithm__importance__level": "token",
+                "cluster__device": "cuda",
+            },
+            "rollout.max_staleness=1: with cluster.device=cuda engines and trainer use the same GPUs",
+        ),
         ({"trainer__optim__lr_warmup_steps": 10}, "trainer.optim.lr_warmup_steps=10 leaves no step"),
         ({"data__val": []}, "evaluate.keep_best=true needs validation files; set data.val"),
         ({"data__val": [], "evaluate__keep_best": False, "evaluate__every": 2}, "evaluate.every=2 needs"),

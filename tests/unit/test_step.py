@@ -21,6 +21,7 @@ from redone.config.schema import (
 from redone.data.stream import PromptStream
 from redone.pipeline.step import rl_step, updates_per_batch
 from redone.reward.pool import build_rewards
+from redone.rollout.source import InTurn
 from redone.types import (
     Batch,
     Completion,
@@ -115,15 +116,13 @@ def run(cfg: Config, keep: bool = False) -> tuple[Story, Group, dict[str, float]
         for i in range(8)
     ]  # fmt: skip
     story = Story()
-    group = Group(story)
+    group, fleet = Group(story), Fleet(story)
     result = rl_step(
         3,
-        PromptStream(prompts, seed=0),
+        InTurn(PromptStream(prompts, seed=0), fleet, build_rewards(cfg.rewards), cfg, (2,)),
         group,
-        Fleet(story),
-        build_rewards(cfg.rewards),
+        fleet,
         cfg,
-        (2,),
         story.span,
         (lambda batch, parts: story.events.append(f"keep {len(batch.groups)} in {parts}")) if keep else None,
     )
