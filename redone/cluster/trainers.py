@@ -16,6 +16,7 @@ from redone.cluster.remote import Peer, blame, join
 from redone.config.schema import AlgorithmConfig, Config
 from redone.data.pack import build_shards, plan_step, scatter_routes, scatter_rows
 from redone.errors import TrainerError
+from redone.layout import padding_multiple
 from redone.types import Batch, FloatArray, Policy, StepPlan, UpdateReport, WeightBucket, WeightPlan
 from redone.weights.sync import Moved
 
@@ -41,7 +42,8 @@ class RayTrainerGroup:
         trainer = self.cfg.trainer
         budget, cost = trainer.max_token_len_per_rank, self.infos[0]["cost"]
         plan = plan_step(batch, self.dp, budget, trainer.prefix_sharing, cost)
-        shards = [ray.put(s) for s in build_shards(batch, plan, pad_multiple=trainer.parallel.tensor)]
+        multiple = padding_multiple(trainer.parallel.tensor, trainer.parallel.context)
+        shards = [ray.put(s) for s in build_shards(batch, plan, pad_multiple=multiple)]
         refs = [
             p.handle.call.remote(method, shards[int(info["dp_rank"])], *args)
             for p, info in zip(self.peers, self.infos, strict=True)

@@ -275,11 +275,11 @@ def _layout(cfg: Config, model_config: Mapping[str, Any] | None) -> Iterator[str
             yield f"model.path={cfg.model.path}: {reason}"
             return
         yield from check_layout(p, world, shape)
-    elif world % (p.tensor * p.pipeline):
+    elif world % (p.tensor * p.context * p.pipeline):
+        context = f" * trainer.parallel.context={p.context}" if p.context > 1 else ""
         yield (
-            f"trainer.parallel.tensor={p.tensor} * trainer.parallel.pipeline={p.pipeline} does not divide "
-            f"the {world} "
-            "ranks of cluster.nodes * cluster.gpus_per_node"
+            f"trainer.parallel.tensor={p.tensor}{context} * trainer.parallel.pipeline={p.pipeline} does not "
+            f"divide the {world} ranks of cluster.nodes * cluster.gpus_per_node"
         )
 
 

@@ -15,7 +15,9 @@ class ParallelConfig(Section):
     virtual_pipeline: int = Field(
         1, ge=1, description="Model chunks per pipeline stage (interleaved schedule; smaller bubble)."
     )
-    context: int = Field(1, ge=1, description="Context parallel size: only 1 is supported (see docs).")
+    context: int = Field(
+        1, ge=1, description="Context parallel size: ranks that share the tokens of every micro-batch."
+    )
     expert: int = Field(1, ge=1, description="Expert parallel size.")
     expert_tensor: int = Field(1, ge=1, description="Tensor parallel size inside experts.")
 

@@ -12,6 +12,7 @@ import torch.distributed as dist
 import worker
 from worker import Layout
 
+from redone.config.schema import AlgorithmConfig
 from redone.data.pack import scatter_routes
 from redone.errors import TrainerError
 from redone.types import Batch
@@ -68,6 +69,31 @@ def routed_gradients(kind: str, layout: Layout, **options: Any) -> dict[str, Any
     result["free"] = abs(found[0][0] - data["loss"])
     if dist.get_rank() == 0:
         result |= worker.relative_errors(found[0][1], found[1][1])
+    return result
+
+
+def two_layouts(
+    kind: str, layouts: tuple[Layout, Layout], change: dict[str, Any] | None = None, **options: Any
+) -> dict[str, Any]:
+    """Loss, metrics and gradients of a step at two layouts with as many data-parallel replicas."""
+    from redone.trainer.megatron import moe, optim
+    from redone.trainer.megatron.step import forward_backward
+
+    batch, found = worker.load_reference(kind)["batches"][0], []
+    for layout in layouts:
+        trainer = worker.make_trainer(worker.model_folder(kind), tuple(layout), **options)
+        optim.zero_grad(trainer.models, trainer.optimizer)
+        algorithm = AlgorithmConfig.model_validate(trainer.cfg.algorithm.model_dump() | (change or {}))
+        totals = forward_backward(trainer.models, shard_with(trainer, batch), algorithm, 1.0)
+        metrics = totals.metrics() | ({"aux": moe.take_aux_loss(trainer.config)} if "moe" in options else {})
+        found.append((totals.loss, worker.full_gradients(trainer), metrics))
+        trainer.close()
+    ours, theirs = found
+    assert sorted(ours[2]) == sorted(theirs[2])
+    result: dict[str, Any] = {"loss": ours[0], "difference": abs(ours[0] - theirs[0])}
+    result["metrics"] = max(abs(ours[2][k] - v) / max(1.0, abs(v)) for k, v in theirs[2].items())
+    if dist.get_rank() == 0:
+        result |= worker.relative_errors(ours[1], theirs[1])
     return result
 
 
@@ -137,14 +163,14 @@ def controls(kind: str, layout: Layout) -> dict[str, Any]:
     def shares(segments: Any) -> bool:
         return any(len(s.responses) > 1 for s in segments)
 
-    def siblings(segments: Any, device: Any) -> Any:
+    def siblings(segments: Any, *place: Any) -> Any:
         joined = [
             dataclasses.replace(s, responses=((s.responses[0][0], sum(n for _, n in s.responses)),))
             if s.responses
             else s
             for s in segments
         ]
-        return original(joined, device)
+        return original(joined, *place)
 
     def wrong_row(*args: Any, **kwargs: Any) -> Any:
         row = pack_row(*args, **kwargs)

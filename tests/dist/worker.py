@@ -26,11 +26,13 @@ from redone_kernels import launch
 from redone.config.schema import Config
 from redone.data.pack import build_shards, plan_step, scatter_rows
 from redone.errors import ModelError, RedoneError, TrainerError
+from redone.layout import padding_multiple
 from redone.trainer import build_trainer
 from redone.types import Batch, Shard
 
 launch.INTERPRET = False
-Layout = tuple[int, ...]  # tensor, pipeline, expert, expert tensor, and virtual pipeline where it is not 1
+# tensor, pipeline, expert, expert tensor, and virtual pipeline and context where they are not 1
+Layout = tuple[int, ...]
 FOLDER = Path()
 
 
@@ -59,6 +61,7 @@ def make_config(path: str | Path, layout: Layout, **options: Any) -> Config:
                 "parallel": dict(
                     zip(("tensor", "pipeline", "expert", "expert_tensor"), layout[:4], strict=True),
                     virtual_pipeline=(*layout, 1)[4],
+                    context=(*layout, 1, 1)[5],
                 ),
                 "moe": options.get("moe", {}),
                 "self_check": options.get("self_check", True),
@@ -91,7 +94,8 @@ def make_trainer(path: str | Path, layout: Layout, **options: Any) -> Any:
 def shard_of(trainer: Any, batch: Batch) -> tuple[Any, Shard]:
     info, cfg = trainer.describe(), trainer.cfg.trainer
     plan = plan_step(batch, info["dp_size"], cfg.max_token_len_per_rank, cfg.prefix_sharing)
-    return plan, build_shards(batch, plan, cfg.parallel.tensor)[info["dp_rank"]]
+    multiple = padding_multiple(cfg.parallel.tensor, cfg.parallel.context)
+    return plan, build_shards(batch, plan, multiple)[info["dp_rank"]]
 
 
 def gather_logprobs(trainer: Any, batch: Batch, shift: int = 0, **call: Any) -> list[list[np.ndarray]]:
@@ -289,11 +293,11 @@ def bf16(kind: str, layout: Layout) -> dict[str, Any]:
     return result
 
 
-def attention(dtype: str, varlen: bool) -> dict[str, float]:
+def attention(dtype: str, varlen: bool, size: int = 1) -> dict[str, float]:
     """Attention functions alone; see attention_check.py."""
     from attention_check import compare
 
-    return compare(getattr(torch, dtype), varlen)
+    return compare(getattr(torch, dtype), varlen, size)
 
 
 def refusals(kind: str, layout: Layout) -> dict[str, str]:

@@ -84,6 +84,7 @@ class MegatronTrainer:
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=parallel.tensor,
             pipeline_model_parallel_size=parallel.pipeline,
+            context_parallel_size=parallel.context,
             expert_model_parallel_size=parallel.expert,
             expert_tensor_parallel_size=parallel.expert_tensor,
             virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None,
@@ -98,6 +99,7 @@ class MegatronTrainer:
             "pid": os.getpid(),
             "dp_rank": parallel_state.get_data_parallel_rank(),
             "dp_size": parallel_state.get_data_parallel_world_size(),
+            "cp_rank": parallel_state.get_context_parallel_rank(),
             "tp_rank": parallel_state.get_tensor_model_parallel_rank(),
             "pp_rank": parallel_state.get_pipeline_model_parallel_rank(),
             "vocab_size": self.shape.vocab,
@@ -222,7 +224,9 @@ class MegatronTrainer:
     def _layout(self) -> str:
         p = self.cfg.trainer.parallel
         chunks = f" vpp{p.virtual_pipeline}" if p.virtual_pipeline > 1 else ""
-        return f"world{self.world} tp{p.tensor} pp{p.pipeline} ep{p.expert} etp{p.expert_tensor}{chunks}"
+        parts = f" cp{p.context}" if p.context > 1 else ""
+        dense = f"world{self.world} tp{p.tensor} pp{p.pipeline}"
+        return f"{dense} ep{p.expert} etp{p.expert_tensor}{chunks}{parts}"
 
     @on_device
     def export(self, path: str) -> None:

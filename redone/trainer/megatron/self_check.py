@@ -8,11 +8,10 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 
 from redone.data.pack import empty_microbatch, pad_row
 from redone.errors import TrainerError
-from redone.trainer.megatron.step import forward_logprobs
+from redone.trainer.megatron.step import forward_logprobs, row_multiple
 from redone.types import Microbatch, Segment, Shard
 
 COMPARED = 2  # responses
@@ -52,7 +51,7 @@ def alone(microbatch: Microbatch, segment: Segment, span: tuple[int, int], multi
 
 def compare(models: Sequence[torch.nn.Module], shard: Shard, temperature: float, dtype: torch.dtype) -> None:
     """One micro-batch of every rank both ways. Collective; raises TrainerError when they differ."""
-    multiple = parallel_state.get_tensor_model_parallel_world_size()
+    multiple = row_multiple()
     first = shard.microbatches[0]
     pairs = shared_rows(first)
     rows = [first, *(alone(first, segment, span, multiple) for segment, span, _ in pairs)]
