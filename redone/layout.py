@@ -153,10 +153,14 @@ def expert_data_parallel_size(sizes: ParallelSizes, world_size: int) -> int:
     return world_size // (sizes.expert_tensor * sizes.expert * sizes.pipeline)
 
 
-def padding_multiple(tensor: int, context: int) -> int:
+FP8_TOKENS = 16  # rows of an fp8 matrix product come in multiples of it
+
+
+def padding_multiple(tensor: int, context: int, fp8: bool = False) -> int:
     """Packed rows are padded to a multiple of so many tokens: each context rank holds two equal chunks, and
     each tensor rank the same share of them."""
-    return tensor if context == 1 else 2 * context * tensor
+    own = tensor * (FP8_TOKENS if fp8 else 1)
+    return own if context == 1 else 2 * context * own
 
 
 def padded_vocab(vocab: int, tensor: int) -> int:

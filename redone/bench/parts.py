@@ -83,7 +83,8 @@ def pack(bench: Bench) -> list[Figure]:
     """The driver's planning and packing of one rollout batch."""
     batch, trainer, cluster = bench.batch(), bench.cfg.trainer, bench.cfg.cluster
     dp = max(1, data_parallel_size(trainer.parallel, cluster.world_size))
-    multiple = padding_multiple(trainer.parallel.tensor, trainer.parallel.context)
+    sizes = trainer.parallel
+    multiple = padding_multiple(sizes.tensor, sizes.context, trainer.fp8 != "off")
 
     def work(_: int) -> None:
         plan = plan_step(batch, dp, trainer.max_token_len_per_rank, trainer.prefix_sharing)

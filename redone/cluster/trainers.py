@@ -16,7 +16,6 @@ from redone.cluster.remote import Peer, blame, join
 from redone.config.schema import AlgorithmConfig, Config
 from redone.data.pack import build_shards, plan_step, scatter_routes, scatter_rows
 from redone.errors import TrainerError
-from redone.layout import padding_multiple
 from redone.types import Batch, FloatArray, Policy, StepPlan, UpdateReport, WeightBucket, WeightPlan
 from redone.weights.sync import Moved
 
@@ -42,7 +41,7 @@ class RayTrainerGroup:
         trainer = self.cfg.trainer
         budget, cost = trainer.max_token_len_per_rank, self.infos[0]["cost"]
         plan = plan_step(batch, self.dp, budget, trainer.prefix_sharing, cost)
-        multiple = padding_multiple(trainer.parallel.tensor, trainer.parallel.context)
+        multiple = int(self.infos[0]["row_multiple"])
         shards = [ray.put(s) for s in build_shards(batch, plan, pad_multiple=multiple)]
         refs = [
             p.handle.call.remote(method, shards[int(info["dp_rank"])], *args)

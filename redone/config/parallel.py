@@ -32,6 +32,11 @@ class MoeConfig(Section):
     )
     aux_loss_coeff: float = Field(1e-3, gt=0, description="Coefficient of aux_loss.")
     router_fp32: bool = Field(True, description="Router logits in fp32, whatever model.dtype is.")
+    dispatcher: Literal["alltoall", "deepep", "hybridep"] = Field(
+        "alltoall",
+        description="How tokens reach their experts. deepep, hybridep: DeepEP's kernels (CUDA only; need"
+        " router_fp32 and expert or expert_tensor > 1).",
+    )
     routing_replay: Literal["auto", "engine", "trainer", "off"] = Field(
         "auto",
         description="Expert choices the trainer repeats. engine (R3): those of the rollout; trainer"

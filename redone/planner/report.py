@@ -121,7 +121,7 @@ def describe_job(cfg: Config, shape: ModelShape, options: Options) -> tuple[Job,
         shared_prefix=cfg.trainer.prefix_sharing,
         utilization=r.gpu_memory_utilization,
         max_sequences=r.engine.max_num_seqs,
-        cpu_optimizer=options.cpu_optimizer or bool(getattr(cfg.trainer.optim, "offload", False)),
+        cpu_optimizer=options.cpu_optimizer or cfg.trainer.optim.cpu_offload == 1,
         trainer_sleeps=options.trainer_sleeps,
     )
     updates = max(1, a.train_batch_size // a.ppo_mini_batch_size) * a.ppo_epochs

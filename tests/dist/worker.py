@@ -26,13 +26,12 @@ from redone_kernels import launch
 from redone.config.schema import Config
 from redone.data.pack import build_shards, plan_step, scatter_rows
 from redone.errors import ModelError, RedoneError, TrainerError
-from redone.layout import padding_multiple
 from redone.trainer import build_trainer
 from redone.types import Batch, Shard
 
 launch.INTERPRET = False
-# tensor, pipeline, expert, expert tensor, and virtual pipeline and context where they are not 1
-Layout = tuple[int, ...]
+Layout = tuple[int, ...]  # SIZES, without those at the end that are 1
+SIZES = ("tensor", "pipeline", "expert", "expert_tensor", "virtual_pipeline", "context")
 FOLDER = Path()
 
 
@@ -45,7 +44,8 @@ def model_folder(kind: str) -> Path:
 
 
 def make_config(path: str | Path, layout: Layout, **options: Any) -> Config:
-    """options: dtype, head, chunk, recompute, kl, budget, sharing, entropy, moe, self_check, asynchronous."""
+    """options: dtype, head, chunk, recompute, kl, budget, sharing, entropy, moe, self_check, asynchronous,
+    optim."""
     return Config.model_validate(
         {
             "model": {"path": str(path), "dtype": options.get("dtype", "float32")},
@@ -58,11 +58,7 @@ def make_config(path: str | Path, layout: Layout, **options: Any) -> Config:
                 "entropy_coeff": options.get("entropy", 0.0),
             },
             "trainer": {
-                "parallel": dict(
-                    zip(("tensor", "pipeline", "expert", "expert_tensor"), layout[:4], strict=True),
-                    virtual_pipeline=(*layout, 1)[4],
-                    context=(*layout, 1, 1)[5],
-                ),
+                "parallel": dict(zip(SIZES, (*layout, 1, 1)[:6], strict=True)),
                 "moe": options.get("moe", {}),
                 "self_check": options.get("self_check", True),
                 "optim": {
@@ -72,7 +68,8 @@ def make_config(path: str | Path, layout: Layout, **options: Any) -> Config:
                     "weight_decay": reference.WEIGHT_DECAY,
                     "clip_grad": reference.CLIP_GRAD,
                     "betas": reference.BETAS,
-                },
+                }
+                | options.get("optim", {}),
                 "max_token_len_per_rank": options.get("budget", 48),
                 "prefix_sharing": options.get("sharing", True),
                 "recompute": options.get("recompute", "none"),
@@ -94,8 +91,7 @@ def make_trainer(path: str | Path, layout: Layout, **options: Any) -> Any:
 def shard_of(trainer: Any, batch: Batch) -> tuple[Any, Shard]:
     info, cfg = trainer.describe(), trainer.cfg.trainer
     plan = plan_step(batch, info["dp_size"], cfg.max_token_len_per_rank, cfg.prefix_sharing)
-    multiple = padding_multiple(cfg.parallel.tensor, cfg.parallel.context)
-    return plan, build_shards(batch, plan, multiple)[info["dp_rank"]]
+    return plan, build_shards(batch, plan, info["row_multiple"])[info["dp_rank"]]
 
 
 def gather_logprobs(trainer: Any, batch: Batch, shift: int = 0, **call: Any) -> list[list[np.ndarray]]:
@@ -153,6 +149,9 @@ def relative_errors(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tenso
 
 
 def weights(trainer: Any) -> dict[str, torch.Tensor]:
+    from redone.trainer.megatron import optim
+
+    optim.settle(trainer.models)
     return {n: t.clone() for n, t in trainer.exporter.stream(1 << 18) if t is not None}
 
 

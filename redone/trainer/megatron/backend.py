@@ -25,7 +25,7 @@ from redone.trainer.megatron.export import Exporter, write_folder
 from redone.trainer.megatron.model import build_modules, transformer_config, unwrap, wrap
 from redone.trainer.megatron.names import hf_tensors
 from redone.trainer.megatron.publish import Publisher
-from redone.trainer.megatron.step import forward_backward, forward_logprobs
+from redone.trainer.megatron.step import forward_backward, forward_logprobs, row_multiple
 from redone.trainer.megatron.streams import residual_streams
 from redone.types import FloatArray, Policy, RouteArray, Shard, UpdateReport, WeightBucket, WeightPlan
 from redone.weights.plan import make_plan
@@ -58,7 +58,7 @@ class MegatronTrainer:
         self.modules = build_modules(self.shape, self.config, trainer)
         load_weights(self.modules, self.shape, cfg.model.path)
         self.reference = self._copy_parameters() if cfg.algorithm.kl.coef > 0 else None
-        self.models = wrap(self.modules, self.config)
+        self.models = wrap(self.modules, self.config, trainer.optim)
         self.optimizer = optim.build_optimizer(self.models, self.config, trainer.optim, self.dtype)
         self.exporter = Exporter(self.modules, self.shape)
         self.saver = checkpoint.Saver(asynchronous=cfg.checkpoint.asynchronous)
@@ -105,6 +105,7 @@ class MegatronTrainer:
             "vocab_size": self.shape.vocab,
             "parameters": sum(p.numel() for p in self._parameters()),
             "cost": token_costs(self.shape),
+            "row_multiple": row_multiple(self.config),
             "records_routes": self._records_routes,
         }
 
@@ -115,6 +116,7 @@ class MegatronTrainer:
             return forward_logprobs(self.models, shard, temperature)
         if self.reference is None:
             raise TrainerError("no reference policy is kept: set algorithm.kl.coef > 0")
+        optim.settle(self.models)
         self._swap_reference()
         try:
             return forward_logprobs(self.models, shard, temperature)
@@ -204,6 +206,7 @@ class MegatronTrainer:
     def publish(self, location: str, version: int) -> Iterator[WeightBucket]:
         """See redone.api. Rank 0 writes every tensor at its place in the channel."""
         weights = self.cfg.weights
+        optim.settle(self.models)
         if self.publisher is None:
             plan = self.plan or self.weight_plan(weights.bucket_bytes)
             self.publisher = Publisher(self.exporter, plan, weights.delta, flush=weights.channel == "file")
@@ -212,12 +215,14 @@ class MegatronTrainer:
     @on_device
     def save(self, path: str) -> None:
         """With checkpoint.asynchronous the states are copied here and written in a thread."""
+        optim.settle(self.models)
         meta = checkpoint.Meta(updates=self.updates, lr_step=self.lr_step, layout=self._layout())
         self.saver.save(path, self.modules, self.optimizer, meta)
 
     @on_device
     def load(self, path: str) -> None:
         self.saver.wait()
+        optim.settle(self.models)
         meta = checkpoint.load(path, self.modules, self.optimizer, self._layout())
         self.updates, self.lr_step = meta.updates, meta.lr_step
 
@@ -231,6 +236,7 @@ class MegatronTrainer:
     @on_device
     def export(self, path: str) -> None:
         self.saver.wait()
+        optim.settle(self.models)
         write_folder(self.exporter, self.cfg.model.path, path)
 
     def sleep(self) -> None:

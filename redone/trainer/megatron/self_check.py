@@ -44,6 +44,10 @@ def alone(microbatch: Microbatch, segment: Segment, span: tuple[int, int], multi
         segments=(Segment(start=0, length=prompt, responses=((prompt, length),)),),
         rows=np.arange(prompt - 1, prompt + length - 1, dtype=np.int32),
         targets=microbatch.token_ids[start : start + length],
+        sequence_ids=np.zeros(length, np.int32),
+        loss_mask=np.ones(length, np.bool_),
+        advantages=np.zeros(length, np.float32),
+        engine_logprobs=np.zeros(length, np.float32),
         routes=None if microbatch.routes is None else microbatch.routes[picked],
     )
     return pad_row(row, -(-len(picked) // multiple) * multiple)
@@ -51,7 +55,7 @@ def alone(microbatch: Microbatch, segment: Segment, span: tuple[int, int], multi
 
 def compare(models: Sequence[torch.nn.Module], shard: Shard, temperature: float, dtype: torch.dtype) -> None:
     """One micro-batch of every rank both ways. Collective; raises TrainerError when they differ."""
-    multiple = row_multiple()
+    multiple = row_multiple(models[0].config)
     first = shard.microbatches[0]
     pairs = shared_rows(first)
     rows = [first, *(alone(first, segment, span, multiple) for segment, span, _ in pairs)]

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from redone.algo.loss import LossInputs, policy_loss, with_effective_sample_size
@@ -82,7 +83,7 @@ def run(
         model.train(train)
     wanted = len(microbatches)
     if len(models) > 1:
-        microbatches = _for_interleaving(microbatches)
+        microbatches = _for_interleaving(microbatches, row_multiple(models[0].config))
 
     def forward_step(iterator: Iterator[Microbatch], module: torch.nn.Module) -> tuple[Any, Any]:
         whole = next(iterator)
@@ -108,23 +109,24 @@ def run(
     return results[:wanted]
 
 
-def _for_interleaving(microbatches: Sequence[Microbatch]) -> list[Microbatch]:
+def _for_interleaving(microbatches: Sequence[Microbatch], multiple: int) -> list[Microbatch]:
     """A multiple of the pipeline size, as the schedule wants it, and rows of one length: padding is added.
 
     Lengths that vary would be announced before each tensor; interleaved, that announcement deadlocks when all
     micro-batches are warm-up, and confuses the two directions between two stages.
     """
     stages = parallel_state.get_pipeline_model_parallel_world_size()
-    filler = empty_microbatch(row_multiple())
+    filler = empty_microbatch(multiple)
     result = [*microbatches, *[filler] * (-len(microbatches) % stages)]
     longest = max(len(m.token_ids) for m in result)
     return [pad_row(m, longest) for m in result]
 
 
-def row_multiple() -> int:
+def row_multiple(config: TransformerConfig) -> int:
     """Rows of a pass have a multiple of this many tokens."""
-    sizes = parallel_state.get_tensor_model_parallel_world_size(), context.place()[1]
-    return padding_multiple(*sizes)
+    return padding_multiple(
+        config.tensor_model_parallel_size, config.context_parallel_size, config.fp8 is not None
+    )
 
 
 def forward_logprobs(
