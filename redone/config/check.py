@@ -278,7 +278,7 @@ def _kernels(cfg: Config) -> Iterator[str]:
     if cfg.cluster.device == "cpu":
         for key, (remedy, used) in off.items():
             if used:
-                yield f"{key} needs CUDA, and cluster.device=cpu; set it to {remedy}"
+                yield f"{key} needs cluster.device=cuda; set it to {remedy}"
     if moe.dispatcher != "alltoall":
         if not moe.router_fp32:
             yield f"trainer.moe.dispatcher={moe.dispatcher} needs trainer.moe.router_fp32=true"

@@ -135,6 +135,7 @@ CASES["1"] += [
         {"kind": "moe", "save_layout": (1, 1, 1, 1), "load_layout": (1, 1, 1, 1), "steps": 0},
     ),
     ("refusals", "refusals", _ONE),
+    ("options", "options", {}),
     ("controls", "controls", _ONE),
     ("replay", "replay", {"kind": "moe", "layout": (1, 1, 1, 1)}),
     ("balanced", "balanced", {"kind": "moe", "layout": (1, 1, 1, 1)}),
@@ -186,6 +187,15 @@ CASES["2_slow"] += [
     ("balanced CP2", "balanced", {"kind": "moe", "layout": _CP2}),
     ("sequence loss CP2", "two_layouts", {"kind": "dense", "layouts": (_CP2, (2, 1, 1, 1)), "change": _GSPO}),
     ("balancing loss CP2", "two_layouts", {"kind": "moe", "layouts": (_CP2, (2, 1, 1, 2)), **_BALANCED}),
+]
+OVERLAP = {"optim": {"overlap_grad_reduce": True, "overlap_param_gather": True}}
+OVERLAPPED = ("dense DP2", "MoE EP2", "tied PP2xVPP2", "MoE CP2xEP2")
+CASES["2_slow"] += [
+    (f"train {name}, overlapped", "train", {"kind": LAYOUTS[name][1], "layout": LAYOUTS[name][2], **OVERLAP})
+    for name in OVERLAPPED
+]
+CASES["2_slow"] += [
+    ("kept reference, overlapped", "kept_reference", {"kind": "dense", "layout": (1, 1, 1, 1), **OVERLAP}),
 ]
 CASES["4_slow"] += [
     ("replay CP2xTP2xEP4", "replay", {"kind": "moe", "layout": _CP2TP2EP4}),

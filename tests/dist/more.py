@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 from typing import Any
 
 import numpy as np
@@ -95,6 +96,39 @@ def two_layouts(
     if dist.get_rank() == 0:
         result |= worker.relative_errors(ours[1], theirs[1])
     return result
+
+
+def options(**_: Any) -> dict[str, Any]:
+    """What the keys that need CUDA set in Megatron's own configurations, and what is missing here."""
+    from megatron.core.optimizer import OptimizerConfig
+    from redone.config.schema import OptimConfig, TrainerConfig
+    from redone.layout import ModelShape
+    from redone.trainer.megatron import model, optim
+    from redone.trainer.megatron.packages import missing
+    from redone.trainer.megatron.step import row_multiple
+
+    def trainer(**keys: Any) -> TrainerConfig:
+        return TrainerConfig.model_validate(keys)
+
+    shapes = [
+        ModelShape.from_hf(json.loads((worker.model_folder(kind) / "config.json").read_text()))
+        for kind in ("dense", "moe")
+    ]
+    found: dict[str, Any] = {}
+    for recipe in ("delayed", "tensorwise", "blockwise"):
+        cfg = trainer(fp8=recipe, parallel={"tensor": 2, "context": 2})
+        built = model.transformer_config(shapes[0], cfg, torch.bfloat16)
+        found[recipe] = [built.fp8, str(getattr(built.fp8_recipe, "value", built.fp8_recipe)), row_multiple(built)]
+    for name in ("alltoall", "deepep", "hybridep"):
+        built = model.transformer_config(shapes[1], trainer(moe={"dispatcher": name}), torch.bfloat16)
+        found[name] = [built.moe_token_dispatcher_type, built.moe_flex_dispatcher_backend, built.moe_grouped_gemm]
+    keys = {"cpu_offload": 0.25, "precision_aware": True, "moments_dtype": "bfloat16"}
+    fields = optim.memory_options(OptimConfig.model_validate(keys))
+    made = OptimizerConfig(optimizer="adam", use_distributed_optimizer=True, **fields)
+    found["optimizer"] = {name: str(getattr(made, name)) for name in fields}
+    found["missing"] = missing(trainer(fp8="delayed", optim={"precision_aware": True}, moe={"dispatcher": "deepep"}))
+    found["nothing missing"] = missing(trainer(optim={"precision_aware": True, "cpu_offload": 1.0}))
+    return found
 
 
 LAYERS = 4

@@ -3,7 +3,18 @@
 from __future__ import annotations
 
 import pytest
-from cases import CHECKPOINTS, CUT_OVER, CUTS, EXPORTED, LAYOUTS, REAL, TRAINED, marks, ranks_of
+from cases import (
+    CHECKPOINTS,
+    CUT_OVER,
+    CUTS,
+    EXPORTED,
+    LAYOUTS,
+    OVERLAPPED,
+    REAL,
+    TRAINED,
+    marks,
+    ranks_of,
+)
 from ranks import Group
 
 PARITY = 1e-5  # nat
@@ -141,8 +152,42 @@ def test_every_head_equals_the_reference_head(group: Group, case: str) -> None:
         assert result["worst"] <= GRADIENT, name
 
 
-def test_the_reference_policy_keeps_the_initial_weights(world1: Group) -> None:
-    result = world1["kept reference"]
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OVERLAPPED)
+def test_three_steps_with_overlapped_collectives_equal_adamw(world2_slow: Group, name: str) -> None:
+    result = world2_slow[f"train {name}, overlapped"]
+    assert result["weights"] <= WEIGHT and result["moved"] > 50 * WEIGHT
+
+
+def test_keys_for_cuda_set_megatrons_fields(world1: Group) -> None:
+    found = world1["options"]
+    assert found["delayed"] == ["hybrid", "delayed", 128]
+    assert found["tensorwise"] == ["hybrid", "tensorwise", 128]
+    assert found["blockwise"] == ["e4m3", "blockwise", 128]
+    assert found["alltoall"][::2] == ["alltoall", True]
+    assert found["deepep"] == ["flex", "deepep", True] and found["hybridep"] == ["flex", "hybridep", True]
+    assert found["optimizer"] == {
+        "use_precision_aware_optimizer": "True",
+        "exp_avg_dtype": "torch.bfloat16",
+        "exp_avg_sq_dtype": "torch.bfloat16",
+        "optimizer_cpu_offload": "True",
+        "optimizer_offload_fraction": "0.25",
+        "overlap_cpu_optimizer_d2h_h2d": "True",
+    }
+    assert all(word in line for word, line in zip(("fp8", "precision", "deep_ep"), found["missing"], strict=True))
+    assert found["nothing missing"] == []
+
+
+@pytest.mark.parametrize(
+    ("group", "case"),
+    [
+        ("1", "kept reference"),
+        pytest.param("2_slow", "kept reference, overlapped", marks=pytest.mark.slow),
+    ],
+    indirect=["group"],
+)
+def test_the_reference_policy_keeps_the_initial_weights(group: Group, case: str) -> None:
+    result = group[case]
     assert result["reference"] == 0.0
     assert result["actor"] > 1e-3
     assert result["kl"] == 0.0  # at the first step actor and reference are the same

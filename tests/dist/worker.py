@@ -259,11 +259,11 @@ def checkpoint(
     return result
 
 
-def kept_reference(kind: str, layout: Layout) -> dict[str, float]:
+def kept_reference(kind: str, layout: Layout, **options: Any) -> dict[str, float]:
     """Log-probabilities of the reference policy before and after an update, and the actor's change."""
     data = load_reference(kind)
     batch = data["batches"][0]
-    trainer = make_trainer(model_folder(kind), layout, kl=0.1)
+    trainer = make_trainer(model_folder(kind), layout, kl=0.1, **options)
     before = gather_logprobs(trainer, batch)
     batch = batch.with_logprobs("ref_logprobs", gather_logprobs(trainer, batch, policy="reference"))
     report = trainer.update(shard_of(trainer, batch)[1], trainer.cfg.algorithm)

@@ -24,6 +24,7 @@ from redone.trainer.megatron.device import on_cpu, on_device, prepare
 from redone.trainer.megatron.export import Exporter, write_folder
 from redone.trainer.megatron.model import build_modules, transformer_config, unwrap, wrap
 from redone.trainer.megatron.names import hf_tensors
+from redone.trainer.megatron.packages import missing
 from redone.trainer.megatron.publish import Publisher
 from redone.trainer.megatron.step import forward_backward, forward_logprobs, row_multiple
 from redone.trainer.megatron.streams import residual_streams
@@ -46,7 +47,7 @@ class MegatronTrainer:
         self.cfg, self.rank, self.world = cfg, rank, world
         self.dtype: torch.dtype = getattr(torch, cfg.model.dtype)
         self.shape = read_shape(cfg.model.path)
-        if errors := check_layout(cfg.trainer.parallel, world, self.shape):
+        if errors := check_layout(cfg.trainer.parallel, world, self.shape) + missing(cfg.trainer):
             raise ConfigError("; ".join(errors))
         if on_cpu() and self.dtype == torch.bfloat16 and not torch.cpu._is_avx512_bf16_supported():
             log.warning("this CPU emulates bfloat16: model.dtype=float32 is 2 to 3 times as fast")
