@@ -205,7 +205,7 @@ def forward_backward(
         if not len(whole.rows):
             return output[0].sum() * 0.0, total
         # Sequences may be cut over context ranks: each of them computes the whole loss.
-        joined = tuple(context.join_rows(x, whole) if x.numel() else x for x in output)
+        joined = tuple(context.join_rows(x, whole) for x in output)
         result = policy_loss(
             loss_inputs(whole, joined), algorithm, shard.num_loss_tokens, shard.num_sequences
         )
