@@ -91,6 +91,24 @@ def _wrong_mask(mask: Tensor, plans: Any, owned: list[Tensor], exchanged: Any) -
     return wrong
 
 
+def shares(size: int) -> dict[str, list[int]]:
+    """Per context rank: query-key pairs of one long sequence, and exchanged rows of a prompt of 48 * size tokens
+    with as many tokens of answers, none of which an edge cuts."""
+    from redone.trainer.megatron import context
+
+    half = 48 * size
+    starts = range(half, 2 * half, 8)
+    star = [Segment(start=0, length=half, responses=tuple((s, 8) for s in starts))]
+    pairs, rows = [], []
+    for rank in range(size):
+        mine = context.cut([Segment(start=0, length=2 * half, responses=())], rank, size)
+        seen = [(c.last - c.first) * sum(n for _, n in c.keys) for c in mine.crosses]
+        pairs.append(sum(n * (n + 1) // 2 for _, n in mine.spans) + sum(seen))
+        exchange = context.plan(star, rank, size, torch.device("cpu"))[1]
+        rows.append(0 if exchange is None else len(exchange.order))
+    return {"pairs": pairs, "rows": rows, "prompt": [half], "row": [2 * half]}
+
+
 def _sequences(queries: Any, keys: Any) -> list[tuple[slice, slice]]:
     ends, other = queries.cumulative.tolist(), keys.cumulative.tolist()
     assert queries.longest == max(b - a for a, b in pairwise(ends))

@@ -236,6 +236,13 @@ def controls(kind: str, layout: Layout) -> dict[str, Any]:
     return result
 
 
+def context_shares(size: int) -> dict[str, list[int]]:
+    """See attention_check.py."""
+    from attention_check import shares
+
+    return shares(size)
+
+
 def meta(model: str) -> dict[str, Any]:
     """See meta_check.py."""
     from meta_check import build

@@ -121,6 +121,14 @@ def test_attention_cut_over_context_ranks_equals_a_dense_mask(world1: Group, siz
     assert max(errors.values()) <= 1e-6 and errors["mask"] == 0, errors
 
 
+@pytest.mark.parametrize("size", CUT_OVER)
+def test_context_ranks_attend_equally_and_send_prompts_only(world1: Group, size: int) -> None:
+    found = world1[f"shares CP{size}"]
+    row = found["row"][0]
+    assert found["pairs"] == [row * (row + 1) // 2 // size] * size
+    assert found["rows"] == found["prompt"] * size
+
+
 def test_a_shifted_position_fails_parity(world1: Group) -> None:
     assert world1["parity shifted"] > 1000 * PARITY
 
