@@ -63,6 +63,7 @@ __all__ = [
     "LossConfig",
     "MetricReward",
     "MoeConfig",
+    "OptimConfig",
     "ParallelConfig",
     "PatternReward",
     "PipelineConfig",
