@@ -12,13 +12,7 @@ def missing(trainer: TrainerConfig) -> list[str]:
     optim, dispatcher = trainer.optim, trainer.moe.dispatcher
     needs = (
         (trainer.fp8 != "off", f"trainer.fp8={trainer.fp8}", "transformer_engine", "off"),
-        # With the optimizer on the host Megatron's own hybrid optimizer keeps the states.
-        (
-            optim.precision_aware and not optim.cpu_offload,
-            "trainer.optim.precision_aware=true",
-            "transformer_engine",
-            "false",
-        ),
+        (optim.precision_aware, "trainer.optim.precision_aware=true", "transformer_engine", "false"),
         (dispatcher != "alltoall", f"trainer.moe.dispatcher={dispatcher}", "deep_ep", "alltoall"),
     )
     return [
