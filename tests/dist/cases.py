@@ -219,7 +219,20 @@ UNPROVEN = {
 }
 
 
+# Written with context parallelism, not seen to pass.
+UNPROVEN |= {
+    *("MoE CP2", "CP, one micro-batch", "CP, no prefix sharing", "CP, small micro-batches"),
+    *(f"train {name}" for name in TRAINED if name in SLOW),
+    *(f"train {name}, overlapped" for name in OVERLAPPED),
+    *("kept reference, overlapped", "export MoE CP2xTP2xEP4"),
+    *("MoE CP2xTP2xEP4 -> MoE TP2xEP2", "MoE CP2xTP2xEP4 -> MoE CP2xPP2xEP2"),
+    *("heads CP2", "replay CP2xEP2", "balanced CP2", "sequence loss CP2", "balancing loss CP2"),
+    *("replay CP2xTP2xEP4", "routed CP2xTP2xEP4", "metrics CP2xTP2xEP4"),
+}
+
+
 def marks(*names: str) -> list[pytest.MarkDecorator]:
     """Of a test of these cases or layouts."""
-    slow = any("CP2" in name and name not in {"dense CP2", "MoE CP2xEP2"} for name in names)
+    quick = {f"{what}{name}" for name in ("dense CP2", "MoE CP2xEP2") for what in ("", " ", "train ")}
+    slow = any(("CP2" in name and name not in quick) or "overlapped" in name for name in names)
     return [pytest.mark.unproven] * bool(UNPROVEN & {*names}) + [pytest.mark.slow] * slow

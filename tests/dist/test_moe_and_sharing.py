@@ -61,8 +61,10 @@ def test_without_multiplicity_the_balancing_loss_is_wrong(world1: Group) -> None
     assert not result["counts"] and result["worst"] > 100 * GRADIENT
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("case", ["sequence loss CP2", "balancing loss CP2"])
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(name, marks=marks(name)) for name in ("sequence loss CP2", "balancing loss CP2")],
+)
 def test_context_ranks_and_tensor_ranks_make_the_same_gradients(world2_slow: Group, case: str) -> None:
     result = world2_slow[case]
     assert abs(result["loss"]) > 1e-4 and result["difference"] <= 1e-6 and result["metrics"] <= 1e-5

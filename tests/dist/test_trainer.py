@@ -23,10 +23,10 @@ HEAD = 1e-6  # loss and the gradient of its weight, one head against another
 WEIGHT = 2e-5  # after three AdamW steps at lr 1e-3
 
 
-def at(layouts: dict[str, str]) -> list[object]:
+def at(layouts: dict[str, str], what: str = "") -> list[object]:
     """(ranks, name) of every test; layouts: name of a test -> layout."""
     return [
-        pytest.param(ranks_of(layout), name, id=name, marks=marks(name, layout))
+        pytest.param(ranks_of(layout), name, id=name, marks=marks(name, layout, f"{what} {name}"))
         for name, layout in layouts.items()
     ]
 
@@ -58,7 +58,7 @@ def test_the_cut_of_the_batch_does_not_matter(group: Group, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("group", "name"), at({name: name for name in TRAINED}), indirect=["group"]
+    ("group", "name"), at({name: name for name in TRAINED}, "train"), indirect=["group"]
 )
 def test_three_steps_equal_adamw(group: Group, name: str) -> None:
     result = group[f"train {name}"]
@@ -69,7 +69,7 @@ def test_three_steps_equal_adamw(group: Group, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("group", "name"), at({name: name for name in EXPORTED}), indirect=["group"]
+    ("group", "name"), at({name: name for name in EXPORTED}, "export"), indirect=["group"]
 )
 def test_export_is_bit_exact_and_transformers_loads_it(group: Group, name: str) -> None:
     result = group[f"export {name}"]
@@ -80,7 +80,7 @@ def test_export_is_bit_exact_and_transformers_loads_it(group: Group, name: str) 
 
 
 @pytest.mark.parametrize(
-    ("group", "name"), at({name: name for name in EXPORTED}), indirect=["group"]
+    ("group", "name"), at({name: name for name in EXPORTED}, "export"), indirect=["group"]
 )
 def test_publish_writes_every_weight(group: Group, name: str) -> None:
     result = group[f"publish {name}"]
@@ -143,7 +143,7 @@ def test_temperature_divides_the_logits(world1: Group) -> None:
         ("1", "heads"),
         ("1", "heads, other loss"),
         ("2", "heads TP2"),
-        pytest.param("2_slow", "heads CP2", marks=pytest.mark.slow),
+        pytest.param("2_slow", "heads CP2", marks=marks("heads CP2")),
     ],
     indirect=["group"],
 )
@@ -160,8 +160,9 @@ def test_every_head_equals_the_reference_head(group: Group, case: str) -> None:
         assert result["worst"] <= GRADIENT, name
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", OVERLAPPED)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=marks(f"train {name}, overlapped")) for name in OVERLAPPED]
+)
 def test_three_steps_with_overlapped_collectives_equal_adamw(world2_slow: Group, name: str) -> None:
     result = world2_slow[f"train {name}, overlapped"]
     assert result["weights"] <= WEIGHT and result["moved"] > 50 * WEIGHT
@@ -190,7 +191,7 @@ def test_keys_for_cuda_set_megatrons_fields(world1: Group) -> None:
     ("group", "case"),
     [
         ("1", "kept reference"),
-        pytest.param("2_slow", "kept reference, overlapped", marks=pytest.mark.slow),
+        pytest.param("2_slow", "kept reference, overlapped", marks=marks("kept reference, overlapped")),
     ],
     indirect=["group"],
 )
