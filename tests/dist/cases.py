@@ -83,7 +83,7 @@ EXPORTED = (
 CHECKPOINTS = (
     ("MoE TP2xEP2", "MoE TP2xEP2"), ("MoE TP2xEP2", "MoE PP2"), ("dense DP2", "dense PP2"),
     ("MoE TP2xEP2", "MoE PP2xEP2"), ("MoE TP2xEP2", "MoE TP1"), ("MoE TP2xEP2", "MoE PP2xVPP2xEP2"),
-    ("MoE CP2", "MoE EP2"), ("MoE CP2xTP2xEP4", "MoE TP2xEP2"), ("MoE CP2xTP2xEP4", "MoE CP2xPP2xEP2"),
+    ("MoE CP2", "MoE PP2"), ("MoE CP2xTP2xEP4", "MoE TP2xEP2"), ("MoE CP2xTP2xEP4", "MoE CP2xPP2xEP2"),
 )  # fmt: skip
 
 
