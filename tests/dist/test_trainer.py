@@ -121,6 +121,7 @@ def test_attention_cut_over_context_ranks_equals_a_dense_mask(world1: Group, siz
     assert max(errors.values()) <= 1e-6 and errors["mask"] == 0, errors
 
 
+@pytest.mark.unproven
 @pytest.mark.parametrize("size", CUT_OVER)
 def test_context_ranks_attend_equally_and_send_prompts_only(world1: Group, size: int) -> None:
     found = world1[f"shares CP{size}"]
@@ -168,6 +169,7 @@ def test_three_steps_with_overlapped_collectives_equal_adamw(world2_slow: Group,
     assert result["weights"] <= WEIGHT and result["moved"] > 50 * WEIGHT
 
 
+@pytest.mark.unproven
 def test_keys_for_cuda_set_megatrons_fields(world1: Group) -> None:
     found = world1["options"]
     assert found["delayed"] == ["hybrid", "delayed", 128]
