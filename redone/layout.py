@@ -1,6 +1,7 @@
 """Parallel layout arithmetic: what a set of parallel sizes means, and whether it is legal.
 
-Imports nothing of ours. Ranks are ordered as Megatron-core orders them: tensor fastest, data, pipeline.
+Imports nothing of ours. Ranks are ordered as Megatron-core orders them: tensor fastest, context, data,
+pipeline. Experts have groups of their own over the same ranks: expert_tensor fastest, expert, data, pipeline.
 """
 
 from __future__ import annotations
@@ -143,13 +144,23 @@ def _refuse_unsupported(config: Mapping[str, Any]) -> None:
 
 
 def data_parallel_size(sizes: ParallelSizes, world_size: int) -> int:
-    """Replicas of the dense part."""
-    return world_size // (sizes.tensor * sizes.pipeline)
+    """Replicas of the dense part, which get different micro-batches."""
+    return world_size // (sizes.tensor * sizes.context * sizes.pipeline)
 
 
 def expert_data_parallel_size(sizes: ParallelSizes, world_size: int) -> int:
     """Replicas of one expert."""
     return world_size // (sizes.expert_tensor * sizes.expert * sizes.pipeline)
+
+
+FP8_TOKENS = 16  # rows of an fp8 matrix product come in multiples of it
+
+
+def padding_multiple(tensor: int, context: int, fp8: bool = False) -> int:
+    """Packed rows are padded to a multiple of so many tokens: each context rank holds two equal chunks, and
+    each tensor rank the same share of them."""
+    own = tensor * (FP8_TOKENS if fp8 else 1)
+    return own if context == 1 else 2 * context * own
 
 
 def padded_vocab(vocab: int, tensor: int) -> int:
@@ -190,13 +201,15 @@ def nearest_layout(sizes: ParallelSizes, world_size: int, model: ModelShape) -> 
     options = [_divisors_of(world_size) for _ in range(2)]
     virtual = _divisors_of(model.num_layers)
     experts = _divisors_of(model.num_experts) if model.num_experts else [1]
-    for tensor, pipeline in itertools.product(*options):
+    contexts = [c for c in options[0] if c <= max(1, sizes.context)]
+    for tensor, pipeline, context in itertools.product(*options, contexts):
         for chunks, expert, inner in itertools.product(
             [v for v in virtual if v <= max(1, sizes.virtual_pipeline)], experts, {1, tensor}
         ):
             found = Sizes(
-                tensor=tensor, pipeline=pipeline, virtual_pipeline=chunks, expert=expert, expert_tensor=inner
-            )
+                tensor=tensor, pipeline=pipeline, virtual_pipeline=chunks, context=context, expert=expert,
+                expert_tensor=inner,
+            )  # fmt: skip
             values = [getattr(found, name) for name in NAMES]
             away = sum(abs(math.log2(a / b)) for a, b in zip(values, wanted, strict=True))
             key = (away, abs(tensor - sizes.tensor))
@@ -224,12 +237,6 @@ def violations(sizes: ParallelSizes, world_size: int, model: ModelShape) -> list
 
 def _check_chunks(sizes: ParallelSizes, model: ModelShape) -> list[str]:
     errors = []
-    if sizes.context != 1:
-        errors.append(
-            f"trainer.parallel.context={sizes.context} is not supported: packed rows where responses"
-            " attend to a shared prompt are not cut over ranks; use 1 with trainer.parallel.tensor or"
-            " trainer.recompute=full for long sequences"
-        )
     virtual, pipeline = sizes.virtual_pipeline, sizes.pipeline
     if virtual > 1 and pipeline == 1:
         errors.append(
@@ -246,10 +253,16 @@ def _check_chunks(sizes: ParallelSizes, model: ModelShape) -> list[str]:
 
 def _check_world(sizes: ParallelSizes, world_size: int) -> list[str]:
     world = f"the world size {world_size} (cluster.nodes x cluster.gpus_per_node)"
-    dense = sizes.tensor * sizes.pipeline
+    dense = sizes.tensor * sizes.context * sizes.pipeline
     if world_size % dense:
+        names, values = "tensor x pipeline", f"{sizes.tensor} x {sizes.pipeline}"
+        if sizes.context > 1:
+            names, values = (
+                "tensor x context x pipeline",
+                f"{sizes.tensor} x {sizes.context} x {sizes.pipeline}",
+            )
         return [
-            f"trainer.parallel.tensor x pipeline = {sizes.tensor} x {sizes.pipeline} = {dense}"
+            f"trainer.parallel.{names} = {values} = {dense}"
             f" does not divide {world}; use a world size of {dense}, {2 * dense}, ..."
         ]
     experts = sizes.expert_tensor * sizes.expert * sizes.pipeline

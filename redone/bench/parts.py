@@ -25,6 +25,7 @@ from redone.bench.work import (
 from redone.config.schema import Config
 from redone.data.pack import build_shards, plan_step
 from redone.data.stream import PromptStream, sampling_seed
+from redone.layout import data_parallel_size, padding_multiple
 from redone.pipeline.step import num_tokens, rl_step, updates_per_batch
 from redone.record.timing import Timings
 from redone.reward.pool import RewardPool
@@ -82,11 +83,13 @@ def run_part(name: str, bench: Bench) -> list[Figure]:
 def pack(bench: Bench) -> list[Figure]:
     """The driver's planning and packing of one rollout batch."""
     batch, trainer, cluster = bench.batch(), bench.cfg.trainer, bench.cfg.cluster
-    dp = max(1, cluster.world_size // (trainer.parallel.tensor * trainer.parallel.pipeline))
+    dp = max(1, data_parallel_size(trainer.parallel, cluster.world_size))
+    sizes = trainer.parallel
+    multiple = padding_multiple(sizes.tensor, sizes.context, trainer.fp8 != "off")
 
     def work(_: int) -> None:
         plan = plan_step(batch, dp, trainer.max_token_len_per_rank, trainer.prefix_sharing)
-        build_shards(batch, plan, pad_multiple=trainer.parallel.tensor)
+        build_shards(batch, plan, pad_multiple=multiple)
 
     seconds = bench.repeats.seconds(work)
     return [

@@ -43,7 +43,8 @@ class RayTrainerGroup:
         row, pair = self.infos[0]["cost"]
         cost = Cost(row=row, pair=pair)
         plan = plan_step(batch, self.dp, trainer.max_token_len_per_rank, trainer.prefix_sharing, cost)
-        shards = [ray.put(s) for s in build_shards(batch, plan, pad_multiple=trainer.parallel.tensor)]
+        multiple = int(self.infos[0]["row_multiple"])
+        shards = [ray.put(s) for s in build_shards(batch, plan, pad_multiple=multiple)]
         refs = [
             p.handle.call.remote(method, shards[int(info["dp_rank"])], *args)
             for p, info in zip(self.peers, self.infos, strict=True)

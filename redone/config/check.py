@@ -281,6 +281,32 @@ def _trainer(cfg: Config) -> Iterator[str]:
             "checkpoint.asynchronous=true with checkpoint.export_hf=false: the run could end before its last "
             "checkpoint is written; the export waits for it: set checkpoint.export_hf=true"
         )
+    yield from _kernels(cfg)
+
+
+def _kernels(cfg: Config) -> Iterator[str]:
+    """What needs CUDA, and what its kernels need."""
+    optim, moe, parallel = cfg.trainer.optim, cfg.trainer.moe, cfg.trainer.parallel
+    off = {
+        f"trainer.optim.cpu_offload={optim.cpu_offload}": ("0", optim.cpu_offload > 0),
+        "trainer.optim.precision_aware=true": ("false", optim.precision_aware),
+        f"trainer.moe.dispatcher={moe.dispatcher}": ("alltoall", moe.dispatcher != "alltoall"),
+        f"trainer.fp8={cfg.trainer.fp8}": ("off", cfg.trainer.fp8 != "off"),
+    }
+    if cfg.cluster.device == "cpu":
+        for key, (remedy, used) in off.items():
+            if used:
+                yield f"{key} needs cluster.device=cuda; set it to {remedy}"
+    if moe.dispatcher != "alltoall":
+        if not moe.router_fp32:
+            yield f"trainer.moe.dispatcher={moe.dispatcher} needs trainer.moe.router_fp32=true"
+        if parallel.expert * parallel.expert_tensor == 1:
+            yield (
+                f"trainer.moe.dispatcher={moe.dispatcher} needs trainer.parallel.expert or expert_tensor > 1;"
+                " set dispatcher to alltoall"
+            )
+    if cfg.trainer.fp8 != "off" and cfg.model.dtype != "bfloat16":
+        yield f"trainer.fp8={cfg.trainer.fp8} needs model.dtype=bfloat16, which is {cfg.model.dtype}"
 
 
 def _layout(cfg: Config, model_config: Mapping[str, Any] | None) -> Iterator[str]:
@@ -293,11 +319,11 @@ def _layout(cfg: Config, model_config: Mapping[str, Any] | None) -> Iterator[str
             yield f"model.path={cfg.model.path}: {reason}"
             return
         yield from check_layout(p, world, shape)
-    elif world % (p.tensor * p.pipeline):
+    elif world % (p.tensor * p.context * p.pipeline):
+        context = f" * trainer.parallel.context={p.context}" if p.context > 1 else ""
         yield (
-            f"trainer.parallel.tensor={p.tensor} * trainer.parallel.pipeline={p.pipeline} does not divide "
-            f"the {world} "
-            "ranks of cluster.nodes * cluster.gpus_per_node"
+            f"trainer.parallel.tensor={p.tensor}{context} * trainer.parallel.pipeline={p.pipeline} does not "
+            f"divide the {world} ranks of cluster.nodes * cluster.gpus_per_node"
         )
 
 

@@ -15,7 +15,9 @@ class ParallelConfig(Section):
     virtual_pipeline: int = Field(
         1, ge=1, description="Model chunks per pipeline stage (interleaved schedule; smaller bubble)."
     )
-    context: int = Field(1, ge=1, description="Context parallel size: only 1 is supported (see docs).")
+    context: int = Field(
+        1, ge=1, description="Context parallel size: ranks that share the tokens of every micro-batch."
+    )
     expert: int = Field(1, ge=1, description="Expert parallel size.")
     expert_tensor: int = Field(1, ge=1, description="Tensor parallel size inside experts.")
 
@@ -30,6 +32,11 @@ class MoeConfig(Section):
     )
     aux_loss_coeff: float = Field(1e-3, gt=0, description="Coefficient of aux_loss.")
     router_fp32: bool = Field(True, description="Router logits in fp32, whatever model.dtype is.")
+    dispatcher: Literal["alltoall", "deepep", "hybridep"] = Field(
+        "alltoall",
+        description="How tokens reach their experts. deepep, hybridep: DeepEP's kernels (CUDA only; need"
+        " router_fp32 and expert or expert_tensor > 1).",
+    )
     routing_replay: Literal["auto", "engine", "trainer", "off"] = Field(
         "auto",
         description="Expert choices the trainer repeats. engine (R3): those of the rollout; trainer"

@@ -23,6 +23,7 @@ from redone.config.losses import (
     LossConfig,
     SftLoss,
 )
+from redone.config.optim import OptimConfig
 from redone.config.parallel import MoeConfig, ParallelConfig
 from redone.config.pipeline import PipelineConfig, SftConfig
 from redone.config.record import ProfileConfig, RecordConfig
@@ -62,6 +63,7 @@ __all__ = [
     "LossConfig",
     "MetricReward",
     "MoeConfig",
+    "OptimConfig",
     "ParallelConfig",
     "PatternReward",
     "PipelineConfig",
@@ -221,35 +223,6 @@ class RolloutConfig(Section):
     )
 
 
-class OptimConfig(Section):
-    lr: float = Field(1e-6, gt=0, description="Peak learning rate.")
-    min_lr: float = Field(0.0, ge=0, description="Final rate of a decaying schedule.")
-    lr_warmup_steps: int = Field(0, ge=0, description="Linear warm-up, in rollout steps.")
-    lr_warmup_ratio: float | None = Field(
-        None, ge=0, lt=1, description="Warm-up as a share of all steps, instead of lr_warmup_steps."
-    )
-    lr_decay_style: Literal["constant", "linear", "cosine"] = Field(
-        "constant", description="Schedule after warm-up."
-    )
-    weight_decay: float = Field(0.1, ge=0, description="AdamW weight decay (none on 1-D parameters).")
-    clip_grad: float = Field(1.0, gt=0, description="Global gradient-norm clip.")
-    betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW betas.")
-    eps: float = Field(1e-8, gt=0, description="AdamW epsilon.")
-
-    @model_validator(mode="after")
-    def _rates(self) -> OptimConfig:
-        if self.min_lr > self.lr:
-            raise ValueError(f"min_lr={self.min_lr} exceeds lr={self.lr}; lower it")
-        if self.lr_warmup_steps and self.lr_warmup_ratio is not None:
-            raise ValueError(
-                f"lr_warmup_steps={self.lr_warmup_steps} and lr_warmup_ratio={self.lr_warmup_ratio} exclude "
-                "each other; set one"
-            )
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"betas={list(self.betas)}; each must be >= 0 and < 1")
-        return self
-
-
 class HeadConfig(Section):
     backend: Literal["auto", "reference", "chunked", "fused"] = Field(
         "auto",
@@ -279,6 +252,11 @@ class TrainerConfig(Section):
         " stops the run.",
     )
     head: HeadConfig = HeadConfig()
+    fp8: Literal["off", "delayed", "tensorwise", "blockwise"] = Field(
+        "off",
+        description="Matrix products of the layers in fp8, by TransformerEngine's scaling recipe (CUDA only;"
+        " weights stay in model.dtype). Rows are padded to 16 tokens per rank.",
+    )
     num_threads: int = Field(1, ge=1, description="CPU threads per rank.")
     timeout_s: float = Field(
         600.0, gt=0, description="Collective timeout; a peer that hangs longer is an error."

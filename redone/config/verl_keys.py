@@ -34,7 +34,7 @@ RENAMED: dict[str, tuple[str, str]] = {
     f"{_M}tensor_model_parallel_size": ("trainer.parallel.tensor", ""),
     f"{_M}pipeline_model_parallel_size": ("trainer.parallel.pipeline", ""),
     f"{_M}virtual_pipeline_model_parallel_size": ("trainer.parallel.virtual_pipeline", ""),
-    f"{_M}context_parallel_size": ("trainer.parallel.context", "only 1"),
+    f"{_M}context_parallel_size": ("trainer.parallel.context", ""),
     f"{_M}expert_model_parallel_size": ("trainer.parallel.expert", ""),
     f"{_M}expert_tensor_parallel_size": ("trainer.parallel.expert_tensor", ""),
     f"{_M}seed": ("trainer.determinism_seed", ""),
@@ -146,7 +146,7 @@ NO_COUNTERPART: dict[str, str] = {
     "actor_rollout_ref.actor.strategy": "the trainer is Megatron-core; remove the key",
     "actor_rollout_ref.actor.fsdp_config": "the trainer is Megatron-core, not FSDP; use trainer.parallel.*",
     "actor_rollout_ref.ref": "the reference policy follows the actor's settings; remove the key",
-    "actor_rollout_ref.actor.ulysses_sequence_parallel_size": "use trainer.parallel.tensor; remove the key",
+    "actor_rollout_ref.actor.ulysses_sequence_parallel_size": "use trainer.parallel.context; remove the key",
     "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu": (
         "set trainer.max_token_len_per_rank instead"
     ),

@@ -39,6 +39,7 @@ def sized(job: Job, sizes: Sizes) -> Sizes:
         tokens=lay.budget,
         tensor=lay.tensor,
         pipeline=lay.pipeline,
+        context=lay.context,
         expert=lay.expert,
         expert_tensor=lay.expert_tensor,
         recompute=lay.recompute,

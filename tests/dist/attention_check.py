@@ -25,24 +25,39 @@ def segments() -> list[Segment]:
     return result
 
 
-def compare(dtype: torch.dtype, varlen: bool) -> dict[str, float]:
-    """Relative error of output, dq, dk and dv against the dense mask in fp64."""
-    from redone.trainer.megatron import attention, attention_varlen
+def compare(dtype: torch.dtype, varlen: bool, size: int = 1) -> dict[str, float]:
+    """Relative error of output, dq, dk and dv against the dense mask in fp64, the row cut over `size` ranks.
 
-    layout = segments()
+    "mask" is the share of plan_mask's entries that differ from the definition's.
+    """
+    from redone.trainer.megatron import attention, attention_varlen
+    from redone.trainer.megatron.context import own_tokens
+
     tokens = sum(p + sum(r) for p, r in LENGTHS)
+    padding = -tokens % (2 * size)
+    layout = [*segments(), *([Segment(start=tokens, length=padding, responses=())] if padding else [])]
+    tokens += padding
     generator = torch.Generator().manual_seed(0)
     heads = (HEADS, KV_HEADS, KV_HEADS, HEADS)
     q, k, v, grad = (torch.randn(tokens, n, DIM, generator=generator).to(dtype) for n in heads)
+    owned = [torch.from_numpy(own_tokens(tokens, r, size)) for r in range(size)]
+    plans = [attention.make_plan(layout, torch.device("cpu"), r, size) for r in range(size)]
+
+    def exchanged(x: Tensor, rank: int) -> Tensor | None:
+        """What the ranks' all-gather would give."""
+        sent = [p.exchange and x[own][p.exchange.send] for p, own in zip(plans, owned, strict=True)]
+        return plans[rank].exchange and torch.cat(sent)[plans[rank].exchange.order]
 
     def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if not varlen:
-            plan = attention.make_plan(layout, torch.device("cpu"))
-            return attention.SharedPrefixAttention.apply(q, k, v, plan, SCALE)
-        spans = [s for x in layout for s in ((x.start, x.length), *x.responses)]
-        crosses = attention.make_plan(layout, torch.device("cpu")).crosses
-        plan = attention_varlen.make_varlen(spans, crosses, torch.device("cpu"))
-        return attention_varlen.VarlenSharedPrefixAttention.apply(q, k, v, plan, SCALE)
+        out = torch.empty_like(q)
+        for rank, (plan, own) in enumerate(zip(plans, owned, strict=True)):
+            function, index = attention.SharedPrefixAttention, plan
+            if varlen:
+                function = attention_varlen.VarlenSharedPrefixAttention
+                index = attention_varlen.make_varlen(plan.spans, plan.crosses, torch.device("cpu"))
+            far = exchanged(torch.stack([k, v], 1), rank)
+            out = out.index_copy(0, own, function.apply(q[own], k[own], v[own], far, index, SCALE))
+        return out
 
     def run(function: Any, inputs: tuple[Tensor, ...]) -> list[Tensor]:
         leaves = [x.clone().requires_grad_() for x in inputs]
@@ -53,13 +68,45 @@ def compare(dtype: torch.dtype, varlen: bool) -> dict[str, float]:
     if varlen:
         attention_varlen.varlen_forward = _emulated_forward
         attention_varlen.varlen_backward = _emulated_backward
+    mask = attention.dense_mask(layout, tokens)
     dense = run(
-        lambda q, k, v: attention.dense_attention(q, k, v, layout, SCALE),
+        lambda q, k, v: attention.dense_attention(q, k, v, mask, SCALE),
         tuple(x.double() for x in (q, k, v)),
     )
     mine = run(ours, (q, k, v))
     names = ("out", "dq", "dk", "dv")
-    return {n: float((a - b).norm() / b.norm()) for n, a, b in zip(names, mine, dense, strict=True)}
+    errors = {n: float((a - b).norm() / b.norm()) for n, a, b in zip(names, mine, dense, strict=True)}
+    return errors | {"mask": _wrong_mask(mask, plans, owned, exchanged)}
+
+
+def _wrong_mask(mask: Tensor, plans: Any, owned: list[Tensor], exchanged: Any) -> float:
+    wrong = 0.0
+    for rank, (plan, own) in enumerate(zip(plans, owned, strict=True)):
+        from redone.trainer.megatron.attention import plan_mask
+
+        far = exchanged(torch.arange(len(mask)), rank)
+        columns = own if far is None else torch.cat([own, far])
+        found = torch.zeros(len(own), len(mask)).index_add(1, columns, plan_mask(plan).float())
+        wrong += float((found != mask[own].float()).float().mean()) / len(plans)
+    return wrong
+
+
+def shares(size: int) -> dict[str, list[int]]:
+    """Per context rank: query-key pairs of one long sequence, and exchanged rows of a prompt of 48 * size tokens
+    with as many tokens of answers, none of which an edge cuts."""
+    from redone.trainer.megatron import context
+
+    half = 48 * size
+    starts = range(half, 2 * half, 8)
+    star = [Segment(start=0, length=half, responses=tuple((s, 8) for s in starts))]
+    pairs, rows = [], []
+    for rank in range(size):
+        mine = context.cut([Segment(start=0, length=2 * half, responses=())], rank, size)
+        seen = [(c.last - c.first) * sum(n for _, n in c.keys) for c in mine.crosses]
+        pairs.append(sum(n * (n + 1) // 2 for _, n in mine.spans) + sum(seen))
+        exchange = context.plan(star, rank, size, torch.device("cpu"))[1]
+        rows.append(0 if exchange is None else len(exchange.order))
+    return {"pairs": pairs, "rows": rows, "prompt": [half], "row": [2 * half]}
 
 
 def _sequences(queries: Any, keys: Any) -> list[tuple[slice, slice]]:

@@ -52,29 +52,39 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def _start(models: Path, world: int) -> Group:
+def _start(models: Path, ranks: str) -> Group:
     from cases import CASES
 
-    return run_cases(world, CASES[world], models / f"world{world}", timeout_s=420)
+    return run_cases(int(ranks[0]), CASES[ranks], models / f"world{ranks}", timeout_s=420)
 
 
 @pytest.fixture(scope="session")
 def world1(models: Path) -> Group:
-    return _start(models, 1)
+    return _start(models, "1")
 
 
 @pytest.fixture(scope="session")
 def world2(models: Path) -> Group:
-    return _start(models, 2)
+    return _start(models, "2")
 
 
 @pytest.fixture(scope="session")
 def world4(models: Path) -> Group:
-    return _start(models, 4)
+    return _start(models, "4")
+
+
+@pytest.fixture(scope="session")
+def world2_slow(models: Path) -> Group:
+    return _start(models, "2_slow")
+
+
+@pytest.fixture(scope="session")
+def world4_slow(models: Path) -> Group:
+    return _start(models, "4_slow")
 
 
 @pytest.fixture
 def group(request: pytest.FixtureRequest) -> Group:
-    """The group of the world size that the test is parametrized with."""
+    """The group of ranks that the test is parametrized with."""
     result: Group = request.getfixturevalue(f"world{request.param}")
     return result

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch.distributed as dist
 import worker
 from worker import Layout
 
+from redone.config.schema import AlgorithmConfig
 from redone.data.pack import scatter_routes
 from redone.errors import TrainerError
 from redone.types import Batch
@@ -69,6 +71,67 @@ def routed_gradients(kind: str, layout: Layout, **options: Any) -> dict[str, Any
     if dist.get_rank() == 0:
         result |= worker.relative_errors(found[0][1], found[1][1])
     return result
+
+
+def two_layouts(
+    kind: str, layouts: tuple[Layout, Layout], change: dict[str, Any] | None = None, **options: Any
+) -> dict[str, Any]:
+    """Loss, metrics and gradients of a step at two layouts with as many data-parallel replicas."""
+    from redone.trainer.megatron import moe, optim
+    from redone.trainer.megatron.step import forward_backward
+
+    batch, found = worker.load_reference(kind)["batches"][0], []
+    for layout in layouts:
+        trainer = worker.make_trainer(worker.model_folder(kind), tuple(layout), **options)
+        optim.zero_grad(trainer.models, trainer.optimizer)
+        algorithm = AlgorithmConfig.model_validate(trainer.cfg.algorithm.model_dump() | (change or {}))
+        totals = forward_backward(trainer.models, shard_with(trainer, batch), algorithm, 1.0)
+        metrics = totals.metrics() | ({"aux": moe.take_aux_loss(trainer.config)} if "moe" in options else {})
+        found.append((totals.loss, worker.full_gradients(trainer), metrics))
+        trainer.close()
+    ours, theirs = found
+    assert sorted(ours[2]) == sorted(theirs[2])
+    result: dict[str, Any] = {"loss": ours[0], "difference": abs(ours[0] - theirs[0])}
+    result["metrics"] = max(abs(ours[2][k] - v) / max(1.0, abs(v)) for k, v in theirs[2].items())
+    if dist.get_rank() == 0:
+        result |= worker.relative_errors(ours[1], theirs[1])
+    return result
+
+
+def options(**_: Any) -> dict[str, Any]:
+    """What the keys that need CUDA set in Megatron's own configurations, and what is missing here."""
+    from megatron.core.optimizer import OptimizerConfig
+    from redone.config.schema import OptimConfig, TrainerConfig
+    from redone.layout import ModelShape
+    from redone.trainer.megatron import model, optim
+    from redone.trainer.megatron.packages import missing
+    from redone.trainer.megatron.step import row_multiple
+
+    def trainer(**keys: Any) -> TrainerConfig:
+        return TrainerConfig.model_validate(keys)
+
+    shapes = [
+        ModelShape.from_hf(json.loads((worker.model_folder(kind) / "config.json").read_text()))
+        for kind in ("dense", "moe")
+    ]
+    found: dict[str, Any] = {}
+    for recipe in ("delayed", "tensorwise", "blockwise"):
+        cfg = trainer(fp8=recipe, parallel={"tensor": 2, "context": 2})
+        built = model.transformer_config(shapes[0], cfg, torch.bfloat16)
+        found[recipe] = [built.fp8, str(getattr(built.fp8_recipe, "value", built.fp8_recipe)), row_multiple(built)]
+    for name in ("alltoall", "deepep", "hybridep"):
+        built = model.transformer_config(shapes[1], trainer(moe={"dispatcher": name}), torch.bfloat16)
+        found[name] = [built.moe_token_dispatcher_type, built.moe_flex_dispatcher_backend, built.moe_grouped_gemm]
+    keys = {"cpu_offload": 0.25, "precision_aware": True, "moments_dtype": "bfloat16"}
+    fields = optim.memory_options(OptimConfig.model_validate(keys))
+    # Megatron's constructor compares TransformerEngine's version where states are below fp32.
+    host = {k: v for k, v in fields.items() if "offload" in k or "cpu" in k}
+    made = dataclasses.asdict(OptimizerConfig(optimizer="adam", use_distributed_optimizer=True, **host))
+    found["optimizer"] = {name: str({**made, **fields}[name]) for name in fields}
+    found["unknown"] = sorted(set(fields) - set(made))
+    found["missing"] = missing(trainer(fp8="delayed", optim={"precision_aware": True}, moe={"dispatcher": "deepep"}))
+    found["nothing missing"] = missing(trainer(optim={"cpu_offload": 1.0}))
+    return found
 
 
 LAYERS = 4
@@ -141,14 +204,14 @@ def controls(kind: str, layout: Layout) -> dict[str, Any]:
     def shares(segments: Any) -> bool:
         return any(len(s.responses) > 1 for s in segments)
 
-    def siblings(segments: Any, device: Any) -> Any:
+    def siblings(segments: Any, *place: Any) -> Any:
         joined = [
             dataclasses.replace(s, responses=((s.responses[0][0], sum(n for _, n in s.responses)),))
             if s.responses
             else s
             for s in segments
         ]
-        return original(joined, device)
+        return original(joined, *place)
 
     def wrong_row(*args: Any, **kwargs: Any) -> Any:
         row = pack_row(*args, **kwargs)
@@ -178,6 +241,13 @@ def controls(kind: str, layout: Layout) -> dict[str, Any]:
             trainer = worker.make_trainer(worker.model_folder(kind), layout)
     trainer.close()
     return result
+
+
+def context_shares(size: int) -> dict[str, list[int]]:
+    """See attention_check.py."""
+    from attention_check import shares
+
+    return shares(size)
 
 
 def meta(model: str) -> dict[str, Any]:

@@ -7,13 +7,20 @@ from ranks import Group
 from test_trainer import GRADIENT, PARITY, WEIGHT
 
 
-def at(cases: dict[str, int]) -> list[object]:
-    return [pytest.param(world, name, id=name) for name, world in cases.items()]
+def at(cases: dict[str, str]) -> list[object]:
+    """(ranks, name) of every test."""
+    return [pytest.param(ranks, name, id=name, marks=marks(name)) for name, ranks in cases.items()]
+
+
+METRICS = [pytest.param("4", "metrics TP2xEP2", id="metrics TP2xEP2")]
 
 
 @pytest.mark.parametrize(
     ("group", "name"),
-    at({"replay": 1, "replay PP2xVPP2xEP2": 4, "replay TP2xEP2": 4}),
+    at(
+        {"replay": "1", "replay PP2xVPP2xEP2": "4", "replay TP2xEP2": "4"}
+        | {"replay CP2xEP2": "2_slow", "replay CP2xTP2xEP4": "4_slow"}
+    ),
     indirect=["group"],
 )
 def test_recorded_routes_are_repeated(group: Group, name: str) -> None:
@@ -26,7 +33,9 @@ def test_recorded_routes_are_repeated(group: Group, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("group", "name"), at({"routed TP2xEP2": 4, "routed PP2xVPP2xEP2": 4}), indirect=["group"]
+    ("group", "name"),
+    at({"routed TP2xEP2": "4", "routed PP2xVPP2xEP2": "4", "routed CP2xTP2xEP4": "4_slow"}),
+    indirect=["group"],
 )
 def test_given_routes_give_the_same_gradients_however_cut(group: Group, name: str) -> None:
     """Shared prompts in small micro-batches (recomputed, interleaved) against plain sequences in one."""
@@ -36,7 +45,9 @@ def test_given_routes_give_the_same_gradients_however_cut(group: Group, name: st
 
 
 @pytest.mark.parametrize(
-    ("group", "name"), at({"balanced": 1, "balanced TP2xETP2": 2}), indirect=["group"]
+    ("group", "name"),
+    at({"balanced": "1", "balanced TP2xETP2": "2", "balanced CP2": "2_slow"}),
+    indirect=["group"],
 )
 def test_the_balancing_loss_counts_tokens_by_multiplicity(group: Group, name: str) -> None:
     result = group[name]
@@ -50,6 +61,16 @@ def test_without_multiplicity_the_balancing_loss_is_wrong(world1: Group) -> None
     assert not result["counts"] and result["worst"] > 100 * GRADIENT
 
 
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(name, marks=marks(name)) for name in ("sequence loss CP2", "balancing loss CP2")],
+)
+def test_context_ranks_and_tensor_ranks_make_the_same_gradients(world2_slow: Group, case: str) -> None:
+    result = world2_slow[case]
+    assert abs(result["loss"]) > 1e-4 and result["difference"] <= 1e-6 and result["metrics"] <= 1e-5
+    assert result["worst"] <= GRADIENT, result["name"]
+
+
 @pytest.mark.parametrize("what", ["sibling", "row", "position"])
 def test_a_planted_error_fails_parity_and_the_self_check(world1: Group, what: str) -> None:
     found = world1["controls"]
@@ -58,8 +79,11 @@ def test_a_planted_error_fails_parity_and_the_self_check(world1: Group, what: st
     assert "prefix sharing changes log-probabilities" in found[f"check {what}"]
 
 
-def test_metrics_of_sharing_and_expert_load(world4: Group) -> None:
-    found = world4["metrics TP2xEP2"]
+@pytest.mark.parametrize(
+    ("group", "name"), at({"metrics CP2xTP2xEP4": "4_slow"}) + METRICS, indirect=["group"]
+)
+def test_metrics_of_sharing_and_expert_load(group: Group, name: str) -> None:
+    found = group[name]
     assert found["prefix/token_ratio"] > 1.2
     assert found["moe/load_max_layer"] >= found["moe/load_max"] > 1
     assert 0 <= found["moe/idle_experts"] < 1

@@ -3,7 +3,18 @@
 from __future__ import annotations
 
 import pytest
-from cases import CHECKPOINTS, CUTS, EXPORTED, LAYOUTS, REAL, TRAINED
+from cases import (
+    CHECKPOINTS,
+    CUT_OVER,
+    CUTS,
+    EXPORTED,
+    LAYOUTS,
+    OVERLAPPED,
+    REAL,
+    TRAINED,
+    marks,
+    ranks_of,
+)
 from ranks import Group
 
 PARITY = 1e-5  # nat
@@ -12,11 +23,15 @@ HEAD = 1e-6  # loss and the gradient of its weight, one head against another
 WEIGHT = 2e-5  # after three AdamW steps at lr 1e-3
 
 
-def at(layouts: dict[str, int]) -> list[object]:
-    return [pytest.param(world, name, id=name) for name, world in layouts.items()]
+def at(layouts: dict[str, str], what: str = "") -> list[object]:
+    """(ranks, name) of every test; layouts: name of a test -> layout."""
+    return [
+        pytest.param(ranks_of(layout), name, id=name, marks=marks(name, layout, f"{what} {name}"))
+        for name, layout in layouts.items()
+    ]
 
 
-ALL = at({name: world for name, (world, _, _) in LAYOUTS.items()})
+ALL = at({name: name for name in LAYOUTS})
 
 
 @pytest.mark.parametrize(("group", "name"), ALL, indirect=["group"])
@@ -32,7 +47,7 @@ def test_gradients_equal_hugging_face(group: Group, name: str) -> None:
     assert result["worst"] <= GRADIENT, result["name"]
 
 
-CUT_LAYOUTS = at({name: LAYOUTS[layout][0] for name, (layout, _) in CUTS.items()})
+CUT_LAYOUTS = at({name: layout for name, (layout, _) in CUTS.items()})
 
 
 @pytest.mark.parametrize(("group", "name"), CUT_LAYOUTS, indirect=["group"])
@@ -43,7 +58,7 @@ def test_the_cut_of_the_batch_does_not_matter(group: Group, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("group", "name"), at({name: LAYOUTS[name][0] for name in TRAINED}), indirect=["group"]
+    ("group", "name"), at({name: name for name in TRAINED}, "train"), indirect=["group"]
 )
 def test_three_steps_equal_adamw(group: Group, name: str) -> None:
     result = group[f"train {name}"]
@@ -54,7 +69,7 @@ def test_three_steps_equal_adamw(group: Group, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("group", "name"), at({name: LAYOUTS[name][0] for name in EXPORTED}), indirect=["group"]
+    ("group", "name"), at({name: name for name in EXPORTED}, "export"), indirect=["group"]
 )
 def test_export_is_bit_exact_and_transformers_loads_it(group: Group, name: str) -> None:
     result = group[f"export {name}"]
@@ -65,7 +80,7 @@ def test_export_is_bit_exact_and_transformers_loads_it(group: Group, name: str) 
 
 
 @pytest.mark.parametrize(
-    ("group", "name"), at({name: LAYOUTS[name][0] for name in EXPORTED}), indirect=["group"]
+    ("group", "name"), at({name: name for name in EXPORTED}, "export"), indirect=["group"]
 )
 def test_publish_writes_every_weight(group: Group, name: str) -> None:
     result = group[f"publish {name}"]
@@ -75,7 +90,7 @@ def test_publish_writes_every_weight(group: Group, name: str) -> None:
 
 @pytest.mark.parametrize(
     ("group", "saved", "loaded"),
-    [pytest.param(LAYOUTS[a][0], a, b, id=f"{a} to {b}") for a, b in CHECKPOINTS],
+    [pytest.param(ranks_of(a), a, b, id=f"{a} to {b}", marks=marks(a, b, f"{a} -> {b}")) for a, b in CHECKPOINTS],
     indirect=["group"],
 )
 def test_a_resumed_run_is_the_uninterrupted_run(group: Group, saved: str, loaded: str) -> None:
@@ -95,8 +110,24 @@ def test_shared_prefix_attention_equals_a_dense_mask(
     world1: Group, dtype: str, bound: float, form: str
 ) -> None:
     errors = world1[f"attention {dtype} {form}"]
-    assert sorted(errors) == ["dk", "dq", "dv", "out"]
-    assert max(errors.values()) <= bound, errors
+    assert sorted(errors) == ["dk", "dq", "dv", "mask", "out"]
+    assert max(errors.values()) <= bound and errors["mask"] == 0, errors
+
+
+@pytest.mark.parametrize("form", ["blocks", "varlen"])
+@pytest.mark.parametrize("size", CUT_OVER)
+def test_attention_cut_over_context_ranks_equals_a_dense_mask(world1: Group, size: int, form: str) -> None:
+    errors = world1[f"attention {form} CP{size}"]
+    assert max(errors.values()) <= 1e-6 and errors["mask"] == 0, errors
+
+
+@pytest.mark.unproven
+@pytest.mark.parametrize("size", CUT_OVER)
+def test_context_ranks_attend_equally_and_send_prompts_only(world1: Group, size: int) -> None:
+    found = world1[f"shares CP{size}"]
+    row = found["row"][0]
+    assert found["pairs"] == [row * (row + 1) // 2 // size] * size
+    assert found["rows"] == found["prompt"] * size
 
 
 def test_a_shifted_position_fails_parity(world1: Group) -> None:
@@ -107,13 +138,22 @@ def test_temperature_divides_the_logits(world1: Group) -> None:
     assert world1["parity cold"] <= PARITY
 
 
-@pytest.mark.parametrize("case", ["heads", "heads, other loss", "heads TP2"])
-def test_every_head_equals_the_reference_head(world1: Group, world2: Group, case: str) -> None:
+@pytest.mark.parametrize(
+    ("group", "case"),
+    [
+        ("1", "heads"),
+        ("1", "heads, other loss"),
+        ("2", "heads TP2"),
+        pytest.param("2_slow", "heads CP2", marks=marks("heads CP2")),
+    ],
+    indirect=["group"],
+)
+def test_every_head_equals_the_reference_head(group: Group, case: str) -> None:
     """Gradient in the forward, recomputing, fused (interpreter) against autograd and policy_loss.
 
     The other loss has a k2 term, whose slope is a small difference of log-probabilities: twice the bound.
     """
-    results = (world2 if case.endswith("TP2") else world1)[case]
+    results = group[case]
     assert len(results) == 3
     for name, result in results.items():
         assert result["loss"] <= HEAD and result["own"] <= (2 * HEAD if "other" in case else HEAD), name
@@ -121,8 +161,44 @@ def test_every_head_equals_the_reference_head(world1: Group, world2: Group, case
         assert result["worst"] <= GRADIENT, name
 
 
-def test_the_reference_policy_keeps_the_initial_weights(world1: Group) -> None:
-    result = world1["kept reference"]
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=marks(f"train {name}, overlapped")) for name in OVERLAPPED]
+)
+def test_three_steps_with_overlapped_collectives_equal_adamw(world2_slow: Group, name: str) -> None:
+    result = world2_slow[f"train {name}, overlapped"]
+    assert result["weights"] <= WEIGHT and result["moved"] > 50 * WEIGHT
+
+
+@pytest.mark.unproven
+def test_keys_for_cuda_set_megatrons_fields(world1: Group) -> None:
+    found = world1["options"]
+    assert found["delayed"] == ["hybrid", "delayed", 128]
+    assert found["tensorwise"] == ["hybrid", "tensorwise", 128]
+    assert found["blockwise"] == ["e4m3", "blockwise", 128]
+    assert found["alltoall"][::2] == ["alltoall", True]
+    assert found["deepep"] == ["flex", "deepep", True] and found["hybridep"] == ["flex", "hybridep", True]
+    assert found["optimizer"] == {
+        "use_precision_aware_optimizer": "True",
+        "exp_avg_dtype": "torch.bfloat16",
+        "exp_avg_sq_dtype": "torch.bfloat16",
+        "optimizer_cpu_offload": "True",
+        "optimizer_offload_fraction": "0.25",
+        "overlap_cpu_optimizer_d2h_h2d": "True",
+    }
+    assert all(word in line for word, line in zip(("fp8", "precision", "deep_ep"), found["missing"], strict=True))
+    assert found["nothing missing"] == [] and found["unknown"] == []
+
+
+@pytest.mark.parametrize(
+    ("group", "case"),
+    [
+        ("1", "kept reference"),
+        pytest.param("2_slow", "kept reference, overlapped", marks=marks("kept reference, overlapped")),
+    ],
+    indirect=["group"],
+)
+def test_the_reference_policy_keeps_the_initial_weights(group: Group, case: str) -> None:
+    result = group[case]
     assert result["reference"] == 0.0
     assert result["actor"] > 1e-3
     assert result["kl"] == 0.0  # at the first step actor and reference are the same

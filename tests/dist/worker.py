@@ -31,7 +31,8 @@ from redone.trainer import build_trainer
 from redone.types import Batch, Shard
 
 launch.INTERPRET = False
-Layout = tuple[int, ...]  # tensor, pipeline, expert, expert tensor, and virtual pipeline where it is not 1
+Layout = tuple[int, ...]  # SIZES, without those at the end that are 1
+SIZES = ("tensor", "pipeline", "expert", "expert_tensor", "virtual_pipeline", "context")
 FOLDER = Path()
 
 
@@ -44,7 +45,8 @@ def model_folder(kind: str) -> Path:
 
 
 def make_config(path: str | Path, layout: Layout, **options: Any) -> Config:
-    """options: dtype, head, chunk, recompute, kl, budget, sharing, entropy, moe, self_check, asynchronous."""
+    """options: dtype, head, chunk, recompute, kl, budget, sharing, entropy, moe, self_check, asynchronous,
+    optim."""
     return Config.model_validate(
         {
             "model": {"path": str(path), "dtype": options.get("dtype", "float32")},
@@ -57,10 +59,7 @@ def make_config(path: str | Path, layout: Layout, **options: Any) -> Config:
                 "entropy_coeff": options.get("entropy", 0.0),
             },
             "trainer": {
-                "parallel": dict(
-                    zip(("tensor", "pipeline", "expert", "expert_tensor"), layout[:4], strict=True),
-                    virtual_pipeline=(*layout, 1)[4],
-                ),
+                "parallel": dict(zip(SIZES, (*layout, 1, 1)[:6], strict=True)),
                 "moe": options.get("moe", {}),
                 "self_check": options.get("self_check", True),
                 "optim": {
@@ -70,7 +69,8 @@ def make_config(path: str | Path, layout: Layout, **options: Any) -> Config:
                     "weight_decay": reference.WEIGHT_DECAY,
                     "clip_grad": reference.CLIP_GRAD,
                     "betas": reference.BETAS,
-                },
+                }
+                | options.get("optim", {}),
                 "max_token_len_per_rank": options.get("budget", 48),
                 "prefix_sharing": options.get("sharing", True),
                 "recompute": options.get("recompute", "none"),
@@ -93,7 +93,7 @@ def make_trainer(path: str | Path, layout: Layout, **options: Any) -> Any:
 def shard_of(trainer: Any, batch: Batch) -> tuple[Any, Shard]:
     info, cfg = trainer.describe(), trainer.cfg.trainer
     plan = plan_step(batch, info["dp_size"], cfg.max_token_len_per_rank, cfg.prefix_sharing)
-    return plan, build_shards(batch, plan, cfg.parallel.tensor)[info["dp_rank"]]
+    return plan, build_shards(batch, plan, info["row_multiple"])[info["dp_rank"]]
 
 
 def gather_logprobs(trainer: Any, batch: Batch, shift: int = 0, **call: Any) -> list[list[np.ndarray]]:
@@ -151,6 +151,9 @@ def relative_errors(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tenso
 
 
 def weights(trainer: Any) -> dict[str, torch.Tensor]:
+    from redone.trainer.megatron import optim
+
+    optim.settle(trainer.models)
     return {n: t.clone() for n, t in trainer.exporter.stream(1 << 18) if t is not None}
 
 
@@ -258,11 +261,11 @@ def checkpoint(
     return result
 
 
-def kept_reference(kind: str, layout: Layout) -> dict[str, float]:
+def kept_reference(kind: str, layout: Layout, **options: Any) -> dict[str, float]:
     """Log-probabilities of the reference policy before and after an update, and the actor's change."""
     data = load_reference(kind)
     batch = data["batches"][0]
-    trainer = make_trainer(model_folder(kind), layout, kl=0.1)
+    trainer = make_trainer(model_folder(kind), layout, kl=0.1, **options)
     before = gather_logprobs(trainer, batch)
     batch = batch.with_logprobs("ref_logprobs", gather_logprobs(trainer, batch, policy="reference"))
     report = trainer.update(shard_of(trainer, batch)[1], trainer.cfg.algorithm)
@@ -291,11 +294,11 @@ def bf16(kind: str, layout: Layout) -> dict[str, Any]:
     return result
 
 
-def attention(dtype: str, varlen: bool) -> dict[str, float]:
+def attention(dtype: str, varlen: bool, size: int = 1) -> dict[str, float]:
     """Attention functions alone; see attention_check.py."""
     from attention_check import compare
 
-    return compare(getattr(torch, dtype), varlen)
+    return compare(getattr(torch, dtype), varlen, size)
 
 
 def refusals(kind: str, layout: Layout) -> dict[str, str]:

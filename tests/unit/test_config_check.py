@@ -58,6 +58,25 @@ def test_a_legal_configuration_passes_in_silence() -> None:
     ("changes", "message"),
     [
         ({"trainer__head": {"backend": "fused"}}, "trainer.head.backend=fused needs cluster.device=cuda"),
+        ({"trainer__optim": {"cpu_offload": 0.5}}, "cpu_offload=0.5 needs cluster.device=cuda; set it to 0"),
+        ({"trainer__optim": {"precision_aware": True}}, "precision_aware=true needs cluster.device=cuda"),
+        (
+            {"trainer__moe": {"dispatcher": "deepep"}},
+            "dispatcher=deepep needs cluster.device=cuda; set it to",
+        ),
+        ({"trainer__fp8": "blockwise"}, "trainer.fp8=blockwise needs cluster.device=cuda; set it to off"),
+        (
+            {"trainer__fp8": "delayed", "cluster__device": "cuda", "model__dtype": "float32"},
+            "trainer.fp8=delayed needs model.dtype=bfloat16",
+        ),
+        (
+            {"trainer__moe": {"dispatcher": "hybridep", "router_fp32": False}, "cluster__device": "cuda"},
+            "dispatcher=hybridep needs trainer.moe.router_fp32=true",
+        ),
+        (
+            {"trainer__moe": {"dispatcher": "hybridep"}, "cluster__device": "cuda"},
+            "dispatcher=hybridep needs trainer.parallel.expert or expert_tensor > 1",
+        ),
         (
             {"algorithm__ppo_mini_batch_size": 32},
             "exceeds algorithm.train_batch_size=16",
@@ -159,6 +178,8 @@ def test_mixture_of_experts_layouts(parallel: dict[str, int], message: str) -> N
 def test_world_size_is_checked_without_a_model() -> None:
     with pytest.raises(ConfigError, match="does not divide the 3 ranks"):
         check_config(config(trainer__parallel__pipeline=2, cluster__gpus_per_node=3))
+    with pytest.raises(ConfigError, match=r"tensor=1 \* trainer.parallel.context=2 .* the 3 ranks"):
+        check_config(config(trainer__parallel__context=2, cluster__gpus_per_node=3))
 
 
 def test_several_problems_come_in_one_message() -> None:

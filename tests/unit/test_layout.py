@@ -17,6 +17,7 @@ from redone.layout import (
     layer_ranges,
     nearest_layout,
     padded_vocab,
+    padding_multiple,
     token_costs,
     violations,
 )
@@ -95,6 +96,9 @@ def test_llama3_positions_are_read() -> None:
 def test_sizes() -> None:
     assert data_parallel_size(sizes(2, 2), 16) == 4
     assert expert_data_parallel_size(sizes(2, 2, 4), 16) == 2
+    both = ParallelConfig(tensor=2, context=2, expert=4)
+    assert data_parallel_size(both, 8) == 2 and expert_data_parallel_size(both, 8) == 2
+    assert padding_multiple(2, 1) == 2 and padding_multiple(2, 4) == 16
     assert padded_vocab(49152, 2) == 49152 and padded_vocab(127, 4) == 128
 
 
@@ -108,6 +112,8 @@ def test_sizes() -> None:
         (sizes(1, 1, 8), 16, MOE),
         (sizes(2, 1, 1, 2), 2, MOE),
         (sizes(2, 2, 4), 16, MOE),
+        (ParallelConfig(tensor=2, context=2, expert=4), 4, MOE),  # experts over tensor and context ranks
+        (ParallelConfig(context=4, pipeline=2), 8, DENSE),
     ],
 )
 def test_legal_layouts(layout: ParallelConfig, world: int, model: ModelShape) -> None:
@@ -148,7 +154,7 @@ def test_layers_of_chunks_follow_megatrons_order() -> None:
 @pytest.mark.parametrize(
     ("layout", "words"),
     [
-        (ParallelConfig(context=2), ("context=2", "not supported", "use 1")),
+        (ParallelConfig(context=3), ("tensor x context x pipeline = 1 x 3 x 1", "world size 8", "3, 6")),
         (ParallelConfig(virtual_pipeline=2), ("virtual_pipeline=2", "pipeline > 1")),
         (
             ParallelConfig(pipeline=2, virtual_pipeline=5, expert=4),
@@ -168,7 +174,7 @@ def test_chunks_and_context(layout: ParallelConfig, words: tuple[str, ...]) -> N
         (sizes(2), 2, MOE, "{tensor: 2, expert_tensor: 2}"),
         (sizes(2), 4, DENSE, "{tensor: 1}"),  # 9 heads, 3 key/value heads: no tensor parallelism on 4 ranks
         (sizes(1, 4), 6, DENSE, "{tensor: 1, pipeline: 3}"),
-        (ParallelConfig(context=4, tensor=2, expert=4), 8, MOE, "{tensor: 2, expert: 4}"),
+        (ParallelConfig(context=3, tensor=2, expert=4), 8, MOE, "{tensor: 2, context: 2, expert: 4}"),
     ],
 )
 def test_the_nearest_legal_layout_is_proposed(

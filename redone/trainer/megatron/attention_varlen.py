@@ -8,23 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
-
-class Crossing(Protocol):
-    """attention.Cross: responses at [first, last) attend to the prompt at [start, start + length)."""
-
-    @property
-    def start(self) -> int: ...
-    @property
-    def length(self) -> int: ...
-    @property
-    def first(self) -> int: ...
-    @property
-    def last(self) -> int: ...
+from redone.trainer.megatron.context import Cross, Span
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -40,15 +29,13 @@ class Varlen:
     """The attention plan of one packed row as the flash kernels want it."""
 
     own: Lengths  # every segment, in row order
-    responses: Tensor  # rows of all responses
-    prompts: Tensor  # rows of the prompts that have responses
+    responses: Tensor  # rows of all responses (and of what a context-parallel edge cut off its beginning)
+    prompts: Tensor  # rows of the keys that they see: own, or exchanged ones; a row may come twice
     queries: Lengths  # all responses of a piece are one sequence
     keys: Lengths  # their prompts
 
 
-def make_varlen(
-    spans: Sequence[tuple[int, int]], crosses: Sequence[Crossing], device: torch.device
-) -> Varlen:
+def make_varlen(spans: Sequence[Span], crosses: Sequence[Cross], device: torch.device) -> Varlen:
     """spans: (start, length) of every segment in row order, covering the row."""
 
     def lengths(values: Sequence[int]) -> Lengths:
@@ -62,9 +49,9 @@ def make_varlen(
     return Varlen(
         own=lengths([n for _, n in spans]),
         responses=rows([(c.first, c.last) for c in crosses]),
-        prompts=rows([(c.start, c.start + c.length) for c in crosses]),
+        prompts=rows([(start, start + length) for c in crosses for start, length in c.keys]),
         queries=lengths([c.last - c.first for c in crosses]),
-        keys=lengths([c.length for c in crosses]),
+        keys=lengths([sum(length for _, length in c.keys) for c in crosses]),
     )
 
 
@@ -101,39 +88,63 @@ def varlen_backward(
 
 
 class VarlenSharedPrefixAttention(torch.autograd.Function):
-    """q [T, h, d], k and v [T, kv, d] -> [T, h, d]. Same algorithm as attention.SharedPrefixAttention."""
+    """q [T, h, d], k and v [T, kv, d] -> [T, h, d]. Algorithm and `far` as in attention.py."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, plan: Varlen, scale: float) -> Tensor:
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, far: Tensor | None, plan: Varlen, scale: float
+    ) -> Tensor:
         out, lse, state = varlen_forward(q, k, v, plan.own, plan.own, True, scale)
         states = [state]
         if plan.queries.longest:
             rows = plan.responses
-            cross, part, state = varlen_forward(
-                q[rows], k[plan.prompts], v[plan.prompts], plan.queries, plan.keys, False, scale
-            )
+            far_k, far_v = _crossed(k, v, far, plan)
+            cross, part, state = varlen_forward(q[rows], far_k, far_v, plan.queries, plan.keys, False, scale)
             states.append(state)
             own = lse[:, rows]
             total = torch.logaddexp(own, part)
             kept, added = ((x - total).exp().T[..., None] for x in (own, part))
             merged = (out[rows] * kept + cross * added).to(out.dtype)
             out, lse = out.index_copy(0, rows, merged), lse.index_copy(1, rows, total)
-        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.save_for_backward(q, k, v, far, out, lse)
         ctx.plan, ctx.scale, ctx.states = plan, scale, states
         return out
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
-        q, k, v, out, lse = ctx.saved_tensors
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None, None, None]:
+        q, k, v, far, out, lse = ctx.saved_tensors
         plan, scale, grad = ctx.plan, ctx.scale, grads[0].contiguous()
         dq, dk, dv = varlen_backward(grad, q, k, v, out, lse, plan.own, plan.own, True, scale, ctx.states[0])
+        dfar = None if far is None else torch.zeros_like(far)
         if plan.queries.longest:
             r, p = plan.responses, plan.prompts
             part = lse[:, r].contiguous()
+            far_k, far_v = _crossed(k, v, far, plan)
             gq, gk, gv = varlen_backward(
-                grad[r], q[r], k[p], v[p], out[r], part, plan.queries, plan.keys, False, scale, ctx.states[1]
+                grad[r],
+                q[r],
+                far_k,
+                far_v,
+                out[r],
+                part,
+                plan.queries,
+                plan.keys,
+                False,
+                scale,
+                ctx.states[1],
             )
             dq.index_add_(0, r, gq)
-            dk.index_add_(0, p, gk)
-            dv.index_add_(0, p, gv)
-        return dq, dk, dv, None, None
+            if dfar is None:
+                dk.index_add_(0, p, gk)
+                dv.index_add_(0, p, gv)
+            else:
+                dfar.index_add_(0, p, torch.stack([gk, gv], 1))
+        return dq, dk, dv, dfar, None, None
+
+
+def _crossed(k: Tensor, v: Tensor, far: Tensor | None, plan: Varlen) -> tuple[Tensor, Tensor]:
+    """Keys and values that the crosses see, one after the other."""
+    if far is None:
+        return k[plan.prompts], v[plan.prompts]
+    seen = far[plan.prompts]
+    return seen[:, 0].contiguous(), seen[:, 1].contiguous()

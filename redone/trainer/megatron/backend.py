@@ -25,8 +25,9 @@ from redone.trainer.megatron.device import on_cpu, on_device, prepare
 from redone.trainer.megatron.export import Exporter, write_folder
 from redone.trainer.megatron.model import build_modules, transformer_config, unwrap, wrap
 from redone.trainer.megatron.names import hf_tensors
+from redone.trainer.megatron.packages import missing
 from redone.trainer.megatron.publish import Publisher
-from redone.trainer.megatron.step import forward_backward, forward_logprobs
+from redone.trainer.megatron.step import forward_backward, forward_logprobs, row_multiple
 from redone.trainer.megatron.streams import residual_streams
 from redone.types import FloatArray, Policy, RouteArray, Shard, UpdateReport, WeightBucket, WeightPlan
 from redone.weights.plan import make_plan
@@ -47,7 +48,7 @@ class MegatronTrainer:
         self.cfg, self.rank, self.world = cfg, rank, world
         self.dtype: torch.dtype = getattr(torch, cfg.model.dtype)
         self.shape = read_shape(cfg.model.path)
-        if errors := check_layout(cfg.trainer.parallel, world, self.shape):
+        if errors := check_layout(cfg.trainer.parallel, world, self.shape) + missing(cfg.trainer):
             raise ConfigError("; ".join(errors))
         if on_cpu() and self.dtype == torch.bfloat16 and not torch.cpu._is_avx512_bf16_supported():
             log.warning("this CPU emulates bfloat16: model.dtype=float32 is 2 to 3 times as fast")
@@ -59,7 +60,7 @@ class MegatronTrainer:
         self.modules = build_modules(self.shape, self.config, trainer)
         load_weights(self.modules, self.shape, cfg.model.path)
         self.reference = self._copy_parameters() if cfg.algorithm.kl.coef > 0 else None
-        self.models = wrap(self.modules, self.config)
+        self.models = wrap(self.modules, self.config, trainer.optim)
         self.optimizer = optim.build_optimizer(self.models, self.config, trainer.optim, self.dtype)
         self.exporter = Exporter(self.modules, self.shape)
         self.saver = checkpoint.Saver(asynchronous=cfg.checkpoint.asynchronous)
@@ -85,6 +86,7 @@ class MegatronTrainer:
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=parallel.tensor,
             pipeline_model_parallel_size=parallel.pipeline,
+            context_parallel_size=parallel.context,
             expert_model_parallel_size=parallel.expert,
             expert_tensor_parallel_size=parallel.expert_tensor,
             virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None,
@@ -99,11 +101,13 @@ class MegatronTrainer:
             "pid": os.getpid(),
             "dp_rank": parallel_state.get_data_parallel_rank(),
             "dp_size": parallel_state.get_data_parallel_world_size(),
+            "cp_rank": parallel_state.get_context_parallel_rank(),
             "tp_rank": parallel_state.get_tensor_model_parallel_rank(),
             "pp_rank": parallel_state.get_pipeline_model_parallel_rank(),
             "vocab_size": self.shape.vocab,
             "parameters": sum(p.numel() for p in self._parameters()),
             "cost": token_costs(self.shape),
+            "row_multiple": row_multiple(self.config),
             "records_routes": self._records_routes,
         }
 
@@ -114,6 +118,7 @@ class MegatronTrainer:
             return forward_logprobs(self.models, shard, temperature)
         if self.reference is None:
             raise TrainerError("no reference policy is kept: set algorithm.kl.coef > 0")
+        optim.settle(self.models)
         self._swap_reference()
         try:
             return forward_logprobs(self.models, shard, temperature)
@@ -203,6 +208,7 @@ class MegatronTrainer:
     def publish(self, location: str, version: int) -> Iterator[WeightBucket]:
         """See redone.api. Rank 0 writes every tensor at its place in the channel."""
         weights = self.cfg.weights
+        optim.settle(self.models)
         if self.publisher is None:
             plan = self.plan or self.weight_plan(weights.bucket_bytes)
             self.publisher = Publisher(self.exporter, plan, weights.delta, flush=weights.channel == "file")
@@ -211,23 +217,28 @@ class MegatronTrainer:
     @on_device
     def save(self, path: str) -> None:
         """With checkpoint.asynchronous the states are copied here and written in a thread."""
+        optim.settle(self.models)
         meta = checkpoint.Meta(updates=self.updates, lr_step=self.lr_step, layout=self._layout())
         self.saver.save(path, self.modules, self.optimizer, meta)
 
     @on_device
     def load(self, path: str) -> None:
         self.saver.wait()
+        optim.settle(self.models)
         meta = checkpoint.load(path, self.modules, self.optimizer, self._layout())
         self.updates, self.lr_step = meta.updates, meta.lr_step
 
     def _layout(self) -> str:
         p = self.cfg.trainer.parallel
         chunks = f" vpp{p.virtual_pipeline}" if p.virtual_pipeline > 1 else ""
-        return f"world{self.world} tp{p.tensor} pp{p.pipeline} ep{p.expert} etp{p.expert_tensor}{chunks}"
+        parts = f" cp{p.context}" if p.context > 1 else ""
+        dense = f"world{self.world} tp{p.tensor} pp{p.pipeline}"
+        return f"{dense} ep{p.expert} etp{p.expert_tensor}{chunks}{parts}"
 
     @on_device
     def export(self, path: str) -> None:
         self.saver.wait()
+        optim.settle(self.models)
         write_folder(self.exporter, self.cfg.model.path, path)
 
     def sleep(self) -> None:

@@ -214,6 +214,8 @@ def _fill_optimizer_state(optimizer: Any) -> None:
     """A fresh torch AdamW has no state, which Megatron cannot save or load into; zeros mean the same."""
     for part in inner_optimizers(optimizer):
         inner = part.optimizer
+        if not isinstance(inner, torch.optim.AdamW):  # Megatron fills the states of its other optimizers
+            continue
         for group in inner.param_groups:
             for parameter in group["params"]:
                 if not inner.state[parameter]:

@@ -41,6 +41,7 @@ class Head:
     vocab: int  # real rows of the vocabulary, all ranks together
     sequence_parallel: bool
     fuse_loss: bool  # let the head make the gradient where the row carries a token-level loss
+    own_wgrad: bool = True  # add the weight's gradient to main_grad itself; else autograd carries it
 
     def __call__(self, hidden: Tensor, weight: Tensor, row: PackedRow) -> tuple[Tensor, ...]:
         """hidden [T or T / tp, 1, H], weight [V / tp, H] -> log-probabilities [N], entropy [N] or [0].
@@ -48,7 +49,7 @@ class Head:
         Entropy is [0] for row.entropy "none" and carries no gradient for "value". Logits are divided by
         row.temperature. Where row.loss is set and the head makes the gradient, neither carries any, and
         the loss (scalar, with gradient) and its metric vector follow. The weight's gradient is added to
-        its fp32 main_grad where Megatron has one.
+        its fp32 main_grad where Megatron has one (not with overlap_grad_reduce, which waits for autograd).
         """
         assert row.rows is not None and row.targets is not None
         if self.sequence_parallel:
@@ -83,7 +84,9 @@ class Head:
             "temperature": row.temperature,
             "chunk_tokens": self.chunk,
             # Megatron's hook adds weight.grad, here that of a tied embedding only, to main_grad by itself
-            "wgrad_out": grad if grad is not None and grad.dtype == torch.float32 else None,
+            "wgrad_out": grad
+            if self.own_wgrad and grad is not None and grad.dtype == torch.float32
+            else None,
             "dhidden_reduce": "all_reduce" if parallel and not self.sequence_parallel else "none",
         }
 

@@ -14,7 +14,7 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from redone.config.schema import TrainerConfig
+from redone.config.schema import OptimConfig, TrainerConfig
 from redone.layout import Llama3Rope, ModelShape, padded_vocab
 from redone.trainer.megatron.attention import PackedRow
 from redone.trainer.megatron.device import device, on_cpu
@@ -76,6 +76,9 @@ class PackedGPTModel(GPTModel):
             weight = self.shared_embedding_or_output_weight()
         else:
             weight = self.output_layer.weight
+        # Its forward is never called; with overlap_param_gather these hooks wait for its weight.
+        for hook in tuple(getattr(self.output_layer, "_forward_pre_hooks", {}).values()):
+            hook(self.output_layer, ())
         return self.head(hidden_states, weight, row)
 
 
@@ -86,6 +89,19 @@ def _leave_uninitialised(tensor: Tensor) -> Tensor:
     gradient norm counts them on one rank only.
     """
     return tensor
+
+
+def dispatcher_options(trainer: TrainerConfig) -> dict[str, Any]:
+    """Megatron's "flex" dispatcher drives DeepEP's kernels."""
+    backend = trainer.moe.dispatcher
+    if backend == "alltoall":
+        return {"moe_token_dispatcher_type": "alltoall"}
+    return {"moe_token_dispatcher_type": "flex", "moe_flex_dispatcher_backend": backend}
+
+
+def fp8_options(trainer: TrainerConfig) -> dict[str, Any]:
+    """e5m2 gradients with scales per tensor; e4m3 throughout with scales per block."""
+    return {"fp8": "e4m3" if trainer.fp8 == "blockwise" else "hybrid", "fp8_recipe": trainer.fp8}
 
 
 def transformer_config(shape: ModelShape, trainer: TrainerConfig, dtype: torch.dtype) -> TransformerConfig:
@@ -113,6 +129,8 @@ def transformer_config(shape: ModelShape, trainer: TrainerConfig, dtype: torch.d
             moe_router_pre_softmax=not shape.norm_topk_prob,
             moe_grouped_gemm=True,
         )
+    if trainer.fp8 != "off":
+        options |= fp8_options(trainer)
     if trainer.recompute == "full":
         options |= dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
     elif trainer.recompute == "selective":
@@ -137,11 +155,12 @@ def transformer_config(shape: ModelShape, trainer: TrainerConfig, dtype: torch.d
         pipeline_dtype=dtype,
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
+        context_parallel_size=parallel.context,
         expert_model_parallel_size=parallel.expert,
         expert_tensor_parallel_size=parallel.expert_tensor,
         sequence_parallel=parallel.tensor > 1,
         variable_seq_lengths=parallel.virtual_pipeline == 1,  # see step._for_interleaving
-        moe_token_dispatcher_type="alltoall",
+        **dispatcher_options(trainer),  # dense models too: Megatron checks it with variable_seq_lengths
         init_method=_leave_uninitialised,
         output_layer_init_method=_leave_uninitialised,
         embedding_init_method=_leave_uninitialised,
@@ -174,6 +193,7 @@ def _build_chunk(
         vocab=shape.vocab,
         sequence_parallel=config.sequence_parallel,
         fuse_loss=trainer.head.fuse_loss,
+        own_wgrad=not trainer.optim.overlap_grad_reduce,
     )
     module = PackedGPTModel(
         config,
@@ -196,12 +216,18 @@ def _build_chunk(
     return module.to(device())
 
 
-def wrap(modules: Sequence[PackedGPTModel], config: TransformerConfig) -> list[DistributedDataParallel]:
+def wrap(
+    modules: Sequence[PackedGPTModel], config: TransformerConfig, optim: OptimConfig
+) -> list[DistributedDataParallel]:
     """Mixed precision and data parallelism around each chunk; gradients are summed in fp32."""
     ddp = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True, use_distributed_optimizer=True, check_for_nan_in_grad=False
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=True,
+        check_for_nan_in_grad=False,
+        overlap_grad_reduce=optim.overlap_grad_reduce,
+        overlap_param_gather=optim.overlap_param_gather,
     )
-    return [
+    models = [
         DistributedDataParallel(
             config=config,
             ddp_config=ddp,
@@ -210,6 +236,9 @@ def wrap(modules: Sequence[PackedGPTModel], config: TransformerConfig) -> list[D
         )
         for i, module in enumerate(modules)
     ]
+    if optim.overlap_grad_reduce:  # all micro-batches but the last
+        config.no_sync_func = [m.no_sync for m in models] if len(models) > 1 else models[0].no_sync
+    return models
 
 
 def unwrap(module: Any) -> PackedGPTModel:

@@ -27,6 +27,7 @@ from megatron.core.transformer.moe.router_replay import RouterReplay, RouterRepl
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from redone.trainer.megatron import context
 from redone.trainer.megatron.attention import PackedRow
 from redone.types import RouteArray
 
@@ -36,7 +37,7 @@ class PackedRouter(TopKRouter):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.weight_of_tokens: Tensor | None = None  # [T / tp] fp32
+        self.weight_of_tokens: Tensor | None = None  # [T / (cp tp)] fp32
         self.load = torch.zeros(self.num_experts, dtype=torch.float64)
 
     def routing(self, logits: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -95,7 +96,7 @@ def _prepare(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
 
 
 def _own_rows(x: Tensor) -> Tensor:
-    """This tensor-parallel rank's part of [T, ...] (sequence parallelism)."""
+    """This tensor-parallel rank's part of the context rank's [T, ...] (sequence parallelism)."""
     size, rank = (
         parallel_state.get_tensor_model_parallel_world_size(),
         parallel_state.get_tensor_model_parallel_rank(),
@@ -108,7 +109,10 @@ def routers(modules: Sequence[torch.nn.Module]) -> list[PackedRouter]:
 
 
 def recorded_routes(module: torch.nn.Module) -> dict[int, RouteArray]:
-    """Layer (from 0) -> [T, K] choices of the row that `module` just ran. Collective over tensor ranks."""
+    """Layer (from 0) -> [T, K] choices of the whole row that `module` just ran.
+
+    Collective over tensor and context ranks.
+    """
     found = {}
     for router in routers([module]):
         assert router.router_replay is not None and router.layer_number is not None
@@ -121,6 +125,7 @@ def recorded_routes(module: torch.nn.Module) -> dict[int, RouteArray]:
                 parts, indices.contiguous(), group=parallel_state.get_tensor_model_parallel_group()
             )
             indices = torch.cat(parts)
+        indices = context.join_tokens(indices)
         found[router.layer_number - 1] = indices.to("cpu", torch.int16).numpy()
     return found
 
@@ -175,6 +180,8 @@ def take_aux_loss(config: TransformerConfig) -> float:
     reduce_aux_losses_tracker_across_ranks()
     values = get_moe_layer_wise_logging_tracker()["load_balancing_loss"]["values"]
     scale = MoEAuxLossAutoScaler.main_loss_backward_scale
-    found = float((values * (1.0 if scale is None else scale.to(values.device))).sum() / config.num_layers)
+    # Megatron scales by the context size, because it averages gradients over those ranks too.
+    factor = 1.0 if scale is None else scale.to(values.device) / context.place()[1]
+    found = float((values * factor).sum() / config.num_layers)
     clear_aux_losses_tracker()
     return found

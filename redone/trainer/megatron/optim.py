@@ -14,7 +14,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from redone.algo.schedule import learning_rate
 from redone.config.schema import OptimConfig
 
-__all__ = ["apply", "build_optimizer", "inner_optimizers", "learning_rate", "zero_grad"]
+__all__ = ["apply", "build_optimizer", "inner_optimizers", "learning_rate", "settle", "zero_grad"]
 
 
 def build_optimizer(
@@ -40,12 +40,40 @@ def build_optimizer(
             bf16=dtype == torch.bfloat16,
             params_dtype=dtype,
             use_distributed_optimizer=True,
+            overlap_param_gather=optim.overlap_param_gather,
+            **memory_options(optim),
         ),
         list(models),
     )
     config.finalize_model_grads_func = finalize_model_grads
     config.grad_scale_func = optimizer.scale_loss
     return optimizer
+
+
+def memory_options(optim: OptimConfig) -> dict[str, Any]:
+    """Fields of OptimizerConfig that say where and how states are kept."""
+    options: dict[str, Any] = {}
+    if optim.precision_aware:
+        moments = getattr(torch, optim.moments_dtype)
+        options |= {
+            "use_precision_aware_optimizer": True,
+            "exp_avg_dtype": moments,
+            "exp_avg_sq_dtype": moments,
+        }
+    if optim.cpu_offload:
+        options |= {
+            "optimizer_cpu_offload": True,
+            "optimizer_offload_fraction": optim.cpu_offload,
+            "overlap_cpu_optimizer_d2h_h2d": True,
+        }
+    return options
+
+
+def settle(models: Sequence[DistributedDataParallel]) -> None:
+    """Before parameters are read or written outside of a forward pass: gather those that were updated."""
+    for model in models:
+        if model.ddp_config.overlap_param_gather:
+            model.start_param_sync(force_sync=True)
 
 
 def zero_grad(models: Sequence[DistributedDataParallel], optimizer: Any) -> None:

@@ -8,11 +8,10 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 
 from redone.data.pack import empty_microbatch, pad_row
 from redone.errors import TrainerError
-from redone.trainer.megatron.step import forward_logprobs
+from redone.trainer.megatron.step import forward_logprobs, row_multiple
 from redone.types import Microbatch, Segment, Shard
 
 COMPARED = 2  # responses
@@ -45,6 +44,10 @@ def alone(microbatch: Microbatch, segment: Segment, span: tuple[int, int], multi
         segments=(Segment(start=0, length=prompt, responses=((prompt, length),)),),
         rows=np.arange(prompt - 1, prompt + length - 1, dtype=np.int32),
         targets=microbatch.token_ids[start : start + length],
+        sequence_ids=np.zeros(length, np.int32),
+        loss_mask=np.ones(length, np.bool_),
+        advantages=np.zeros(length, np.float32),
+        engine_logprobs=np.zeros(length, np.float32),
         routes=None if microbatch.routes is None else microbatch.routes[picked],
     )
     return pad_row(row, -(-len(picked) // multiple) * multiple)
@@ -52,7 +55,7 @@ def alone(microbatch: Microbatch, segment: Segment, span: tuple[int, int], multi
 
 def compare(models: Sequence[torch.nn.Module], shard: Shard, temperature: float, dtype: torch.dtype) -> None:
     """One micro-batch of every rank both ways. Collective; raises TrainerError when they differ."""
-    multiple = parallel_state.get_tensor_model_parallel_world_size()
+    multiple = row_multiple(models[0].config)
     first = shard.microbatches[0]
     pairs = shared_rows(first)
     rows = [first, *(alone(first, segment, span, multiple) for segment, span, _ in pairs)]

@@ -11,12 +11,15 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from redone.algo.loss import LossInputs, policy_loss, with_effective_sample_size
 from redone.config.schema import AlgorithmConfig
 from redone.data.pack import empty_microbatch, pad_row
 from redone.errors import TrainerError
+from redone.layout import padding_multiple
+from redone.trainer.megatron import context
 from redone.trainer.megatron.attention import PackedRow, make_plan
 from redone.trainer.megatron.device import device
 from redone.trainer.megatron.head import Entropy
@@ -25,7 +28,8 @@ from redone.types import FloatArray, Microbatch, Shard
 
 Output = tuple[Tensor, ...]  # the last stage's logprobs [N], entropy [N] or [0]; see head.Head
 COMPUTED, UNSHARED = "prefix/computed_tokens", "prefix/unshared_tokens"
-LossFunction = Callable[[Microbatch, Output], tuple[Tensor, Any]]
+# (whole micro-batch, this rank's part of it, output of the part) -> (loss, value to keep)
+LossFunction = Callable[[Microbatch, Microbatch, Output], tuple[Tensor, Any]]
 
 
 def pack_row(
@@ -35,7 +39,7 @@ def pack_row(
     token_loss: TokenLoss | None = None,
     record: bool = False,
 ) -> PackedRow:
-    """The micro-batch as the model reads it, on the device."""
+    """This rank's part of a micro-batch as the model reads it, on the device."""
     where = device()
     max_length = int(microbatch.positions.max()) + 1
 
@@ -46,7 +50,7 @@ def pack_row(
         qkv_format="sbhd",
         max_seqlen_q=max_length,
         max_seqlen_kv=max_length,
-        plan=make_plan(microbatch.segments, where),
+        plan=make_plan(microbatch.segments, where, *context.place()),
         positions=index(microbatch.positions),
         rows=index(microbatch.rows),
         targets=index(microbatch.targets),
@@ -79,16 +83,17 @@ def run(
         model.train(train)
     wanted = len(microbatches)
     if len(models) > 1:
-        microbatches = _for_interleaving(microbatches)
+        microbatches = _for_interleaving(microbatches, row_multiple(models[0].config))
 
     def forward_step(iterator: Iterator[Microbatch], module: torch.nn.Module) -> tuple[Any, Any]:
-        microbatch = next(iterator)
-        row = pack_row(microbatch, temperature, entropy, token_loss, record=after is not None)
-        ids = torch.from_numpy(microbatch.token_ids).to(device(), torch.int64)[None]
+        whole = next(iterator)
+        mine = context.part(whole, *context.place())
+        row = pack_row(mine, temperature, entropy, token_loss, record=after is not None)
+        ids = torch.from_numpy(mine.token_ids).to(device(), torch.int64)[None]
         output = module(ids, row.positions[None], None, packed_seq_params=row)  # type: ignore[index]
         if after is not None:
             after(module)
-        return output, lambda out: loss(microbatch, out)
+        return output, lambda out: loss(whole, mine, out)
 
     with torch.set_grad_enabled(train):
         results: list[Any] = get_forward_backward_func()(
@@ -104,17 +109,24 @@ def run(
     return results[:wanted]
 
 
-def _for_interleaving(microbatches: Sequence[Microbatch]) -> list[Microbatch]:
+def _for_interleaving(microbatches: Sequence[Microbatch], multiple: int) -> list[Microbatch]:
     """A multiple of the pipeline size, as the schedule wants it, and rows of one length: padding is added.
 
     Lengths that vary would be announced before each tensor; interleaved, that announcement deadlocks when all
     micro-batches are warm-up, and confuses the two directions between two stages.
     """
     stages = parallel_state.get_pipeline_model_parallel_world_size()
-    filler = empty_microbatch(parallel_state.get_tensor_model_parallel_world_size())
+    filler = empty_microbatch(multiple)
     result = [*microbatches, *[filler] * (-len(microbatches) % stages)]
     longest = max(len(m.token_ids) for m in result)
     return [pad_row(m, longest) for m in result]
+
+
+def row_multiple(config: TransformerConfig) -> int:
+    """Rows of a pass have a multiple of this many tokens."""
+    return padding_multiple(
+        config.tensor_model_parallel_size, config.context_parallel_size, config.fp8 is not None
+    )
 
 
 def forward_logprobs(
@@ -123,19 +135,19 @@ def forward_logprobs(
     temperature: float,
     after: Callable[[torch.nn.Module], None] | None = None,
 ) -> list[FloatArray] | None:
-    """One [N] fp32 array per micro-batch on the last stage's tensor rank 0; None on the other ranks."""
+    """One [N] fp32 array per micro-batch on the last stage's tensor and context rank 0; None elsewhere."""
 
-    def keep(microbatch: Microbatch, output: Output) -> tuple[Tensor, FloatArray]:
-        return output[0].sum(), output[0].detach().cpu().numpy()
+    def keep(whole: Microbatch, _: Microbatch, output: Output) -> tuple[Tensor, FloatArray]:
+        return output[0].sum(), context.join_rows(output[0].detach(), whole).cpu().numpy()
 
     results = run(
         models, shard.microbatches, keep, temperature=temperature, entropy="none", train=False, after=after
     )
-    return results if holds_output() else None
+    return results if holds_output() and context.place()[0] == 0 else None
 
 
 def holds_output() -> bool:
-    """Last pipeline stage and tensor rank 0: one such rank per data-parallel replica."""
+    """Last pipeline stage and tensor rank 0: one such rank per part of a data-parallel replica's rows."""
     return parallel_state.is_pipeline_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0
 
 
@@ -179,23 +191,26 @@ def forward_backward(
     if len(models) > 1:  # see _for_interleaving
         count += -count % parallel_state.get_pipeline_model_parallel_world_size()
     # It also multiplies by the context-parallel size; the gradient of a TokenLoss must arrive as 1.
-    context = parallel_state.get_context_parallel_world_size()
-    token_loss = TokenLoss.of(algorithm, shard, replicas * context)
+    place, parts_of_row = context.place()
+    token_loss = TokenLoss.of(algorithm, shard, replicas * parts_of_row)
 
-    def loss(microbatch: Microbatch, output: Output) -> tuple[Tensor, Totals]:
+    def loss(whole: Microbatch, mine: Microbatch, output: Output) -> tuple[Tensor, Totals]:
         total = Totals()
-        total.add(0.0, token_sums(microbatch), {})
+        total.add(0.0, token_sums(mine), {})
         if token_loss is not None:
-            rows = token_loss.rows(microbatch, output[0].device)
+            rows = token_loss.rows(mine, output[0].device)
             fused = output[2:] or rows.apart(*output)
             total.add(*token_loss.report(fused[1], rows, output[0]))
-            return fused[0] * (count / context), total
-        if not len(microbatch.rows):
+            return fused[0] * (count / parts_of_row), total
+        if not len(whole.rows):
             return output[0].sum() * 0.0, total
+        # Sequences may be cut over context ranks: each of them computes the whole loss.
+        joined = tuple(context.join_rows(x, whole) for x in output)
         result = policy_loss(
-            loss_inputs(microbatch, output), algorithm, shard.num_loss_tokens, shard.num_sequences
+            loss_inputs(whole, joined), algorithm, shard.num_loss_tokens, shard.num_sequences
         )
-        total.add(float(result.loss.detach()), _floats(result.sums), _floats(result.maxima))
+        if place == 0:
+            total.add(float(result.loss.detach()), _floats(result.sums), _floats(result.maxima))
         return result.loss * (count * replicas), total
 
     entropy: Entropy = "grad" if algorithm.entropy_coeff > 0 else "value"

@@ -10,6 +10,7 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor
 
+from redone.trainer.megatron import context
 from redone.types import FloatArray, Shard
 from redone.weights.layers import EMBEDDING, FINAL_NORM, attention_point, mlp_point
 
@@ -17,7 +18,7 @@ from redone.weights.layers import EMBEDDING, FINAL_NORM, attention_point, mlp_po
 def residual_streams(
     modules: Sequence[Any], shard: Shard, forward: Callable[[], object], sequence_parallel: bool
 ) -> dict[str, FloatArray] | None:
-    """Run `forward` over a shard of one sequence; collective over the tensor-parallel ranks.
+    """Run `forward` over a shard of one sequence; collective over tensor- and context-parallel ranks.
 
     Returns:
         point (redone.weights.layers) -> [tokens, hidden] fp32 of this pipeline stage's layers; None on ranks
@@ -32,8 +33,10 @@ def residual_streams(
             handle.remove()
     if sequence_parallel:
         kept = {point: gather_from_sequence_parallel_region(stream) for point, stream in kept.items()}
+    kept = {point: context.join_tokens(stream) for point, stream in kept.items()}
     tokens = [m for m in shard.microbatches if len(m.rows)]
-    if not tokens or parallel_state.get_tensor_model_parallel_rank() != 0:
+    first = parallel_state.get_tensor_model_parallel_rank() == 0 and context.place()[0] == 0
+    if not tokens or not first:
         return None
     length = int((tokens[0].token_weight > 0).sum())
     return {point: s[:length, 0].float().cpu().numpy() for point, s in kept.items()}
