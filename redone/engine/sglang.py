@@ -42,7 +42,6 @@ from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 
 from redone.config.schema import Config
-from redone.engine.capture import CaptureExtension
 from redone.engine.draws import draw, restricted
 from redone.engine.rollout import START_FAILURES, RolloutEngine
 from redone.engine.sglang_format import (
@@ -60,6 +59,8 @@ from redone.weights.digest import verify
 from redone.weights.plan import bucket_tensors, plan_from_json, torch_dtype
 
 TAGS = (GPU_MEMORY_TYPE_WEIGHTS, GPU_MEMORY_TYPE_KV_CACHE)
+# Its layers return partial sums and keep the rest in the batch, so hooks do not see the residual stream.
+NO_STREAMS = "the layers of SGLang's models cannot be watched; compare them with an engine of type vllm"
 SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
 NEW_BATCH = "sglang.srt.sampling.sampling_batch_info.SamplingBatchInfo.from_schedule_batch"
 
@@ -114,7 +115,7 @@ def with_seeds(info: SamplingBatchInfo, cls: Any, batch: Any, *args: Any, **kwar
     info.sampling_seed = torch.tensor(seeds, dtype=torch.int64).to(batch.device)
 
 
-class RankScheduler(CaptureExtension, Scheduler):
+class RankScheduler(Scheduler):
     """SGLang's scheduler of one rank, with the rank's end of a weight update."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -248,6 +249,8 @@ class SglangCore:
 
     async def rpc(self, method: str, *args: Any) -> list[Any]:
         """One answer per rank, or SGLang's own refusal."""
+        if method in ("redone_watch", "redone_streams"):
+            return [NO_STREAMS]
         if method == "redone_begin":
             refused = await self._begin()
         elif method == "redone_commit":
