@@ -46,7 +46,7 @@ class EngineProcess:
         return future
 
     def call(self, method: str, *args: Any) -> Any:
-        return self.submit(method, *args).result(timeout=300)
+        return self.submit(method, *args).result(timeout=600)
 
     def stop(self) -> None:
         self.call("close")
