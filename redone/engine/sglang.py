@@ -126,12 +126,12 @@ class RankScheduler(Scheduler):
     def get_model(self) -> torch.nn.Module:
         return self.tp_worker.model_runner.model
 
-    def redone_call(self, method: str, arguments: str, answers: str) -> None:
-        """Run `method` on every rank (SGLang broadcasts); rank 0 writes what they returned into a file.
+    def redone_call(self, name: str, arguments: str, answers: str) -> None:
+        """Run method `name` on every rank (SGLang broadcasts); rank 0 writes what they returned into a file.
 
         SGLang's own answer has room for one error text only.
         """
-        mine = getattr(self, method)(*json.loads(arguments))
+        mine = getattr(self, name)(*json.loads(arguments))
         everyone: list[Any] = [None] * torch.distributed.get_world_size(self.tp_cpu_group)
         torch.distributed.all_gather_object(everyone, mine, group=self.tp_cpu_group)
         if torch.distributed.get_rank(self.tp_cpu_group) == 0:
@@ -277,7 +277,7 @@ class SglangCore:
             try:
                 await asyncio.to_thread(
                     self.engine.collective_rpc, "redone_call",
-                    method=method, arguments=json.dumps(args), answers=str(answers),
+                    name=method, arguments=json.dumps(args), answers=str(answers),
                 )  # fmt: skip
             except AssertionError as error:  # what SGLang raises for a method that failed
                 raise SyncError(f"{method} failed: {error}") from error
