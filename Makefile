@@ -26,13 +26,14 @@ export VLLM_NO_USAGE_STATS ?= 1
 PYTEST = $(PY) -m pytest
 TYPED = redone/types.py redone/api.py redone/errors.py redone/config redone/algo redone/data redone/reward redone/weights
 
-.PHONY: system-packages help install quickstart quickstart-pipeline test test-full gpu-check lint lock clean
+.PHONY: system-packages help install quickstart quickstart-pipeline test test-full test-sglang gpu-check lint lock clean
 
 help:
 	@echo "make quickstart  install, prepare model and data, train SmolLM2 on real tweets (CPU), print the result"
 	@echo "make quickstart-pipeline   the three stages on eight tasks (CPU)"
 	@echo "make test        install, lint, and the test suite          make test-full   the long must-shows (after make test)"
 	@echo "make gpu-check   kernels on a CUDA device (system python)   make lint        ruff and mypy"
+	@echo "make test-sglang the SGLang adapter against the real SGLang on the CPU, in an environment of its own"
 	@echo "make install     only .venv                                 make clean       remove .venv and caches"
 
 install: $(STAMP)
@@ -93,6 +94,25 @@ lint: install
 	$(VENV)/bin/ruff format --check .
 	$(PY) -m mypy $(TYPED)
 
+# SGLang in an environment of its own, on the CPU: its kernel package and torchvision are stubs (tests/sglang/stubs), so
+# this shows the adapter, SGLang's scheduler, cache and weight loading, and nothing of its kernels. Left out of make test.
+SGLANG_VENV ?= .venv-sglang
+SGLANG_PY := $(SGLANG_VENV)/bin/python
+SGLANG_LOCK := requirements/sglang-cpu.txt
+
+$(SGLANG_VENV)/.installed: $(SGLANG_LOCK)
+	@if [ -z "$(PYTHON)" ]; then echo "Python 3.11 or 3.12 is needed (make PYTHON=/path/to/python3.11)" >&2; exit 1; fi
+	rm -rf $(SGLANG_VENV)
+	$(PYTHON) -m venv $(SGLANG_VENV)
+	$(SGLANG_PY) -m pip install --quiet --disable-pip-version-check uv
+	$(SGLANG_PY) -m pip install --quiet --disable-pip-version-check --no-deps $(TORCH) \
+		|| $(SGLANG_PY) -m pip install --disable-pip-version-check --no-deps --index-url $(TORCH_CPU_INDEX) $(TORCH)
+	$(SGLANG_VENV)/bin/uv pip install --quiet --python $(SGLANG_PY) --no-deps -r $(SGLANG_LOCK)
+	@touch $@
+
+test-sglang: $(SGLANG_VENV)/.installed
+	PYTHONPATH=.:kernels:launcher:tests/sglang/stubs $(SGLANG_PY) -m pytest -m "sglang and not unproven" tests/sglang
+
 # Needs no .venv: any python3 with torch, triton and pytest on a machine with a CUDA device. torch.compile, off in the
 # CPU tests, is one of the peers. A copy without history names its commit: make gpu-check REDONE_COMMIT=...
 GPU_PYTHON ?= python3
@@ -119,5 +139,5 @@ lock: install
 		-o requirements/cuda-sglang.txt
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache .cache .hypothesis
+	rm -rf $(VENV) $(SGLANG_VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache .cache .hypothesis
 	find redone kernels launcher tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -11,7 +11,7 @@ from typing import Any
 
 from redone.config.check import read_model_config
 from redone.config.load import build_config
-from redone.config.schema import Config, RewardConfig
+from redone.config.schema import Config, RewardConfig, VllmEngine
 from redone.data.chat import Chat, load_chat
 from redone.errors import ConfigError
 from redone.evaluate.answer import Asking, Measures
@@ -184,7 +184,7 @@ def _with_lengths(
             f"model.max_model_len={limit} exceeds the model's max_position_embeddings={positions}"
         )
     engine = cfg.rollout.engine
-    if cfg.cluster.device == "cpu" and engine.kv_cache_mb is None:
+    if cfg.cluster.device == "cpu" and isinstance(engine, VllmEngine) and engine.kv_cache_mb is None:
         heads = int(facts.get("num_key_value_heads") or facts.get("num_attention_heads") or 1)
         size = facts.get("head_dim") or int(facts.get("hidden_size", 0)) // int(
             facts.get("num_attention_heads", 1)

@@ -76,6 +76,8 @@ class RayCluster:
         env: dict[str, Any] = {"env_vars": seat.env}
         if actor is TrainerActor:
             env |= runtime_env(self.cfg, args[0])
+        elif self.cfg.rollout.engine.python is not None:
+            env["py_executable"] = self.cfg.rollout.engine.python
         options = dict(
             num_cpus=1, runtime_env=env, scheduling_strategy=self.host.strategy(seat),
             max_concurrency=1 if actor is TrainerActor else MAX_CALLS,

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from redone.config.load import format_problems
 from redone.config.nodes import node_order, stage_config
 from redone.config.pipeline import EvaluateNode, RlNode, SftNode, SoftLabelNode
-from redone.config.schema import Config, CustomReward, DrGrpoLoss, SftLoss
+from redone.config.schema import Config, CustomReward, DrGrpoLoss, SftLoss, VllmEngine
 from redone.errors import ConfigError
 from redone.layout import ModelShape, check_layout
 
@@ -231,7 +231,9 @@ def _files(cfg: Config, purpose: Purpose) -> Iterator[str]:
 def _engines(cfg: Config) -> Iterator[str]:
     r, c = cfg.rollout, cfg.cluster
     tensor = r.tensor_model_parallel_size
-    if r.engine.in_process and tensor > 1:
+    if r.engine.python is not None and not Path(r.engine.python).is_file():
+        yield f"rollout.engine.python={r.engine.python}: no such interpreter; give /path/venv/bin/python"
+    if isinstance(r.engine, VllmEngine) and r.engine.in_process and tensor > 1:
         yield (
             f"rollout.tensor_model_parallel_size={tensor} with rollout.engine.in_process=true; use 1, or "
             "false"
@@ -244,10 +246,9 @@ def _engines(cfg: Config) -> Iterator[str]:
     if c.device != "cuda":
         if cfg.trainer.head.backend == "fused":
             yield "trainer.head.backend=fused needs cluster.device=cuda; use auto or chunked"
-        if r.engine.block_size is not None and r.engine.block_size % 32:
-            yield (
-                f"rollout.engine.block_size={r.engine.block_size}: vLLM on CPU takes multiples of 32; use 32"
-            )
+        block = r.engine.block_size if isinstance(r.engine, VllmEngine) else None
+        if block is not None and block % 32:
+            yield (f"rollout.engine.block_size={block}: vLLM on CPU takes multiples of 32; use 32")
         return
     if c.gpus_per_node % tensor:
         yield (

@@ -22,6 +22,7 @@ from redone.errors import ConfigError
 
 MAX_SHOWN = 15
 _DISCRIMINATORS = ("type", "family", "kind")
+_DEFAULT_TYPES = (("algorithm", "loss", "dapo"), ("rollout", "engine", "vllm"))  # section, key, its type
 _FAMILIES = ", ".join(variants_of(RewardConfig, None)[1])  # type: ignore[index]
 _LIMITS = {
     "greater_than": ("gt", ">"),
@@ -183,12 +184,14 @@ def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _default_variants(values: Mapping[str, Any]) -> dict[str, Any]:
-    """algorithm.loss without `type` keeps the default loss, so that one of its numbers can be set alone."""
-    algorithm = values.get("algorithm")
-    if not isinstance(algorithm, Mapping) or not isinstance(algorithm.get("loss"), Mapping):
-        return dict(values)
-    loss = {"type": "dapo", **algorithm["loss"]}
-    return {**values, "algorithm": {**algorithm, "loss": loss}}
+    """algorithm.loss and rollout.engine without `type` keep their default, so that one of its keys can be
+    set alone."""
+    filled = dict(values)
+    for section, key, default in _DEFAULT_TYPES:
+        holder = filled.get(section)
+        if isinstance(holder, Mapping) and isinstance(holder.get(key), Mapping):
+            filled[section] = {**holder, key: {"type": default, **holder[key]}}
+    return filled
 
 
 def _problems(error: ErrorDetails, values: Mapping[str, Any]) -> Iterator[str]:

@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from redone.config.cluster import ClusterConfig, RayConfig
+from redone.config.engines import EngineBase, EngineConfig, SglangEngine, VllmEngine
 from redone.config.judge import JudgeConfig
 from redone.config.losses import (
     CispoLoss,
@@ -53,6 +54,8 @@ __all__ = [
     "CustomReward",
     "DapoLoss",
     "DrGrpoLoss",
+    "EngineBase",
+    "EngineConfig",
     "ExactReward",
     "GrpoLoss",
     "GspoLoss",
@@ -77,6 +80,8 @@ __all__ = [
     "Section",
     "SftConfig",
     "SftLoss",
+    "SglangEngine",
+    "VllmEngine",
 ]
 
 SCHEMA_VERSION = 1
@@ -176,20 +181,8 @@ class AlgorithmConfig(Section):
     total_steps: int = Field(100, ge=1, description="Rollout steps.")
 
 
-class VllmEngine(Section):
-    type: Literal["vllm"] = "vllm"
-    in_process: bool = Field(False, description="One process instead of AsyncLLM's three (fast tests).")
-    enforce_eager: bool = Field(True, description="No CUDA graphs / torch.compile.")
-    block_size: int | None = Field(
-        None, ge=8, description="KV block; 32 lets short prompts share prefixes on CPU."
-    )
-    kv_cache_mb: int | None = Field(None, ge=8, description="KV cache size on CPU.")
-    max_num_seqs: int = Field(256, ge=1, description="Sequences decoded at once.")
-    num_threads: int = Field(1, ge=1, description="CPU threads of the engine.")
-
-
 class RolloutConfig(Section):
-    engine: VllmEngine = VllmEngine()
+    engine: EngineConfig = VllmEngine()
     n: int = Field(16, ge=1, description="Responses per prompt (G).")
     temperature: float = Field(1.0, gt=0, description="The trainer divides its logits by the same value.")
     top_p: float = Field(1.0, gt=0, le=1, description="Nucleus sampling.")

@@ -6,9 +6,11 @@ Nothing here imports an engine: the driver asks for the environment of a process
 from __future__ import annotations
 
 import os
+import sys
 from typing import TYPE_CHECKING
 
-from redone.config.schema import Config
+from redone.config.schema import Config, VllmEngine
+from redone.errors import EngineError
 
 if TYPE_CHECKING:
     from redone.api import Engine
@@ -16,17 +18,23 @@ if TYPE_CHECKING:
 
 def engine_env(cfg: Config) -> dict[str, str]:
     """Environment variables that an engine process needs before torch is imported."""
-    engine = cfg.rollout.engine
-    env = {
-        "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_LOGGING_LEVEL": "INFO" if cfg.run.log_level == "debug" else "WARNING",
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0" if engine.in_process else "1",
-        # A forked child would inherit this process's threads and event loop in an unknown state.
-        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
-        "HF_HUB_OFFLINE": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-    }
-    if cfg.cluster.device == "cpu":
+    engine, cpu = cfg.rollout.engine, cfg.cluster.device == "cpu"
+    env = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    if isinstance(engine, VllmEngine):
+        env |= {
+            "VLLM_NO_USAGE_STATS": "1",
+            "VLLM_LOGGING_LEVEL": "INFO" if cfg.run.log_level == "debug" else "WARNING",
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0" if engine.in_process else "1",
+            # A forked child would inherit this process's threads and event loop in an unknown state.
+            "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+        }
+    else:
+        env |= {
+            "SGLANG_USE_CPU_ENGINE": "1" if cpu else "0",
+            # The context has a few tokens more than the model's, which no request uses.
+            "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1",
+        }
+    if cpu:
         env |= {
             # vLLM compiles small helpers with a C++ compiler on first use even in eager mode (30 s).
             "TORCH_COMPILE_DISABLE": "1",
@@ -43,12 +51,25 @@ def build_engine(cfg: Config, index: int) -> Engine:
 
     Args:
         index: number of this replica; it appears in errors.
+
+    Raises:
+        EngineError: this interpreter lacks the engine.
     """
-    # vLLM reads its variables while it is imported; what the process was started with wins.
+    # Engines read their variables while they are imported; what the process was started with wins.
     for key, value in engine_env(cfg).items():
         os.environ.setdefault(key, value)
-    match cfg.rollout.engine.type:
-        case "vllm":
-            from redone.engine.vllm import make_engine
-
-            return make_engine(cfg, index)
+    name = cfg.rollout.engine.type
+    try:
+        match name:
+            case "vllm":
+                from redone.engine.vllm import make_engine
+            case "sglang":
+                from redone.engine.sglang import make_engine
+    except ModuleNotFoundError as error:
+        if error.name != name:
+            raise
+        raise EngineError(
+            f"rollout.engine.type={name}, but {sys.executable} has no {name}; name the interpreter of an "
+            "environment that has it in rollout.engine.python"
+        ) from None
+    return make_engine(cfg, index)

@@ -30,7 +30,14 @@ PROBE_TOKENS = 4  # what the canary lets the engine write behind the probe promp
 
 
 class Core(Protocol):
-    """A vendor's engine. `rpc` calls a method on every rank and returns one error text (or None) per rank."""
+    """A vendor's engine. `rpc` calls a method on every rank and returns one error text (or None) per rank.
+
+    logger: root of the vendor's loggers. logging_variable: the environment variable that names the file its
+    processes configure logging from.
+    """
+
+    logger: str
+    logging_variable: str
 
     async def start(self, args: dict[str, Any]) -> None: ...
 
@@ -79,7 +86,7 @@ class RolloutEngine:
         self._awake: Awake | None = None
         self._state: UpdateState | None = None
         self._children = Children()
-        self._errors = ErrorLog("vllm", os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"))
+        self._errors = ErrorLog(core.logger, "INFO" if cfg.run.log_level == "debug" else "WARNING")
 
     @property
     def _update(self) -> UpdateState:
@@ -95,7 +102,7 @@ class RolloutEngine:
         began = time.monotonic()
         self._folder = ModelFolder.read(self.cfg.model.path)
         self.limit = context_limit(self.cfg, self._folder)
-        os.environ.setdefault("VLLM_LOGGING_CONFIG_PATH", str(self._errors.config_path))
+        os.environ.setdefault(self._core.logging_variable, str(self._errors.config_path))
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(
                 self.cfg.model.path, trust_remote_code=self.cfg.model.trust_remote_code

@@ -37,7 +37,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 from vllm.v1.engine.llm_engine import LLMEngine
 
-from redone.config.schema import Config
+from redone.config.schema import Config, VllmEngine
 from redone.engine.capture import CaptureExtension
 from redone.engine.loop import LoopThread
 from redone.engine.rollout import START_FAILURES, RolloutEngine
@@ -180,6 +180,8 @@ class WorkerExtension(CaptureExtension):
 
 class VllmCore(ABC):
     """Requests and results of both modes."""
+
+    logger, logging_variable = "vllm", "VLLM_LOGGING_CONFIG_PATH"
 
     @abstractmethod
     async def _run(self, prompt: list[int], params: Sequence[SamplingParams]) -> list[RequestOutput]: ...
@@ -349,6 +351,7 @@ class InProcessCore(VllmCore):
 def engine_arguments(cfg: Config, limit: int) -> dict[str, Any]:
     """vLLM's EngineArgs for a context of `limit` tokens. EngineError when this vLLM lacks the device."""
     engine, cuda = cfg.rollout.engine, cfg.cluster.device == "cuda"
+    assert isinstance(engine, VllmEngine)
     if cuda == current_platform.is_cpu():
         raise EngineError(
             f"cluster.device={cfg.cluster.device}, but the installed vLLM runs on "
@@ -384,5 +387,6 @@ def engine_arguments(cfg: Config, limit: int) -> dict[str, Any]:
 
 
 def make_engine(cfg: Config, index: int) -> RolloutEngine:
+    assert isinstance(cfg.rollout.engine, VllmEngine)
     core = InProcessCore() if cfg.rollout.engine.in_process else AsyncCore()
     return RolloutEngine(cfg, index, core, engine_arguments)

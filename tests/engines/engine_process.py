@@ -7,6 +7,7 @@ import itertools
 import multiprocessing
 import os
 import threading
+from collections.abc import Callable
 from concurrent.futures import Future
 from multiprocessing.connection import Connection
 from typing import Any
@@ -17,7 +18,10 @@ from redone.engine import build_engine, engine_env
 
 
 class EngineProcess:
-    """call() waits for a method of the engine; submit() returns a Future, so that calls overlap."""
+    """call() waits for a method of the engine; submit() returns a Future, so that calls overlap.
+
+    Instead of a method's name: a coroutine function of a module, called with the engine.
+    """
 
     def __init__(self, cfg: Config) -> None:
         context = multiprocessing.get_context("spawn")
@@ -35,14 +39,14 @@ class EngineProcess:
         assert self._process.pid is not None
         return self._process.pid
 
-    def submit(self, method: str, *args: Any) -> Future[Any]:
+    def submit(self, method: str | Callable[..., Any], *args: Any) -> Future[Any]:
         key, future = next(self._ids), Future[Any]()
         self._futures[key] = future
         self._pipe.send((key, method, args))
         return future
 
     def call(self, method: str, *args: Any) -> Any:
-        return self.submit(method, *args).result(timeout=300)
+        return self.submit(method, *args).result(timeout=600)
 
     def stop(self) -> None:
         self.call("close")
@@ -79,9 +83,9 @@ async def _loop(cfg: Config, pipe: Connection) -> None:
     engine = build_engine(cfg, 0)
     tasks = set()
 
-    async def run(key: int, method: str, args: tuple[Any, ...]) -> None:
+    async def run(key: int, method: str | Callable[..., Any], args: tuple[Any, ...]) -> None:
         try:
-            value = await getattr(engine, method)(*args)
+            value = await (method(engine, *args) if callable(method) else getattr(engine, method)(*args))
         except BaseException as error:
             pipe.send((key, False, error))
         else:
