@@ -6,7 +6,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import faulthandler
-import gc
 import json
 import os
 import pickle
@@ -20,6 +19,7 @@ os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported; only the c
 
 import numpy as np
 import reference
+from groups import close_groups
 import torch
 import torch.distributed as dist
 from redone_kernels import launch
@@ -361,15 +361,6 @@ def _message(kind: type[RedoneError], action: Any) -> str:
     except kind as error:
         return str(error)
     return "not refused"
-
-
-def close_groups() -> None:
-    """End the groups of the last layout: each has threads that wake a hundred times a second. They end when
-    nothing refers to them any more: no trainer."""
-    gc.collect()
-    for group in list(dist.distributed_c10d._world.pg_map):
-        if group is not dist.group.WORLD:
-            dist.destroy_process_group(group)
 
 
 def main() -> None:
