@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
 
 Case = tuple[str, str, dict[str, Any]]
 
