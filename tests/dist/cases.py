@@ -214,12 +214,11 @@ CASES["1"] += [(f"meta {model}", "meta", {"model": model}) for model in REAL]
 # Written with context parallelism, not seen to pass.
 UNPROVEN = {
     *("MoE CP2", "CP, one micro-batch", "CP, no prefix sharing", "CP, small micro-batches"),
-    *(f"train {name}" for name in TRAINED if name in SLOW),
+    *(f"train {name}" for name in TRAINED if name in SLOW and name != "MoE CP2xTP2xEP4"),
     *(f"train {name}, overlapped" for name in OVERLAPPED),
     *("kept reference, overlapped", "export MoE CP2xTP2xEP4"),
-    *("MoE CP2xTP2xEP4 -> MoE TP2xEP2", "MoE CP2xTP2xEP4 -> MoE CP2xPP2xEP2"),
     *("heads CP2", "replay CP2xEP2", "balanced CP2", "sequence loss CP2", "balancing loss CP2"),
-    *("replay CP2xTP2xEP4", "routed CP2xTP2xEP4", "metrics CP2xTP2xEP4"),
+    *("replay CP2xTP2xEP4", "metrics CP2xTP2xEP4"),
 }
 
 
