@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from cases import marks
 from ranks import Group
 from test_trainer import GRADIENT, PARITY, WEIGHT
 
