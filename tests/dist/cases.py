@@ -153,7 +153,11 @@ CASES["1"] += [
         for form in ("blocks", "varlen")
     ],
     *[
-        (f"attention {form} CP{size}", "attention", {"dtype": "float32", "varlen": form == "varlen"} | {"size": size})
+        (
+            f"attention {form} CP{size}",
+            "attention",
+            {"dtype": "float32", "varlen": form == "varlen"} | {"size": size},
+        )
         for form in ("blocks", "varlen")
         for size in CUT_OVER
     ],
@@ -181,7 +185,10 @@ CASES["4"] += [
 ]
 CASES["2"] += [("balanced TP2xETP2", "balanced", {"kind": "moe", "layout": (2, 1, 1, 2)})]
 _CP2, _CP2EP2, _CP2TP2EP4 = (LAYOUTS[name][2] for name in ("MoE CP2", "MoE CP2xEP2", "MoE CP2xTP2xEP4"))
-_GSPO = {"loss": {"type": "gspo", "clip_ratio_low": 0.3, "clip_ratio_high": 0.3}, "importance": {"level": "sequence", "mode": "truncate", "cap": 2.0}}
+_GSPO = {
+    "loss": {"type": "gspo", "clip_ratio_low": 0.3, "clip_ratio_high": 0.3},
+    "importance": {"level": "sequence", "mode": "truncate", "cap": 2.0},
+}
 _BALANCED = {"moe": {"load_balancing": "aux_loss", "aux_loss_coeff": 0.1}, "budget": 400}
 CASES["2_slow"] += [
     ("heads CP2", "head_parity", {"kind": "dense", "layout": LAYOUTS["dense CP2"][2]}),
@@ -226,5 +233,7 @@ def marks(*names: str) -> list[pytest.MarkDecorator]:
     """Of a test of these cases or layouts."""
     quick = {f"{what}{name}" for name in ("dense CP2", "MoE CP2xEP2") for what in ("", " ", "train ")}
     slow = any(("CP2" in name and name not in quick) or "overlapped" in name for name in names)
-    unproven = slow or bool(UNPROVEN & {*names})  # the slow groups of ranks have not run to their end in one piece
+    unproven = slow or bool(
+        UNPROVEN & {*names}
+    )  # the slow groups of ranks have not run to their end in one piece
     return [pytest.mark.unproven] * unproven + [pytest.mark.slow] * slow

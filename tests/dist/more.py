@@ -118,10 +118,18 @@ def options(**_: Any) -> dict[str, Any]:
     for recipe in ("delayed", "tensorwise", "blockwise"):
         cfg = trainer(fp8=recipe, parallel={"tensor": 2, "context": 2})
         built = model.transformer_config(shapes[0], cfg, torch.bfloat16)
-        found[recipe] = [built.fp8, str(getattr(built.fp8_recipe, "value", built.fp8_recipe)), row_multiple(built)]
+        found[recipe] = [
+            built.fp8,
+            str(getattr(built.fp8_recipe, "value", built.fp8_recipe)),
+            row_multiple(built),
+        ]
     for name in ("alltoall", "deepep", "hybridep"):
         built = model.transformer_config(shapes[1], trainer(moe={"dispatcher": name}), torch.bfloat16)
-        found[name] = [built.moe_token_dispatcher_type, built.moe_flex_dispatcher_backend, built.moe_grouped_gemm]
+        found[name] = [
+            built.moe_token_dispatcher_type,
+            built.moe_flex_dispatcher_backend,
+            built.moe_grouped_gemm,
+        ]
     keys = {"cpu_offload": 0.25, "precision_aware": True, "moments_dtype": "bfloat16"}
     fields = optim.memory_options(OptimConfig.model_validate(keys))
     # Megatron's constructor compares TransformerEngine's version where states are below fp32.
@@ -129,7 +137,9 @@ def options(**_: Any) -> dict[str, Any]:
     made = dataclasses.asdict(OptimizerConfig(optimizer="adam", use_distributed_optimizer=True, **host))
     found["optimizer"] = {name: str({**made, **fields}[name]) for name in fields}
     found["unknown"] = sorted(set(fields) - set(made))
-    found["missing"] = missing(trainer(fp8="delayed", optim={"precision_aware": True}, moe={"dispatcher": "deepep"}))
+    found["missing"] = missing(
+        trainer(fp8="delayed", optim={"precision_aware": True}, moe={"dispatcher": "deepep"})
+    )
     found["nothing missing"] = missing(trainer(optim={"cpu_offload": 1.0}))
     return found
 

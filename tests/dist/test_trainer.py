@@ -57,9 +57,7 @@ def test_the_cut_of_the_batch_does_not_matter(group: Group, name: str) -> None:
     assert result["worst"] <= GRADIENT, result["name"]
 
 
-@pytest.mark.parametrize(
-    ("group", "name"), at({name: name for name in TRAINED}, "train"), indirect=["group"]
-)
+@pytest.mark.parametrize(("group", "name"), at({name: name for name in TRAINED}, "train"), indirect=["group"])
 def test_three_steps_equal_adamw(group: Group, name: str) -> None:
     result = group[f"train {name}"]
     assert result["weights"] <= WEIGHT
@@ -90,7 +88,10 @@ def test_publish_writes_every_weight(group: Group, name: str) -> None:
 
 @pytest.mark.parametrize(
     ("group", "saved", "loaded"),
-    [pytest.param(ranks_of(a), a, b, id=f"{a} to {b}", marks=marks(a, b, f"{a} -> {b}")) for a, b in CHECKPOINTS],
+    [
+        pytest.param(ranks_of(a), a, b, id=f"{a} to {b}", marks=marks(a, b, f"{a} -> {b}"))
+        for a, b in CHECKPOINTS
+    ],
     indirect=["group"],
 )
 def test_a_resumed_run_is_the_uninterrupted_run(group: Group, saved: str, loaded: str) -> None:
@@ -185,7 +186,9 @@ def test_keys_for_cuda_set_megatrons_fields(world1: Group) -> None:
         "optimizer_offload_fraction": "0.25",
         "overlap_cpu_optimizer_d2h_h2d": "True",
     }
-    assert all(word in line for word, line in zip(("fp8", "precision", "deep_ep"), found["missing"], strict=True))
+    assert all(
+        word in line for word, line in zip(("fp8", "precision", "deep_ep"), found["missing"], strict=True)
+    )
     assert found["nothing missing"] == [] and found["unknown"] == []
 
 
