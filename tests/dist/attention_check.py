@@ -92,8 +92,8 @@ def _wrong_mask(mask: Tensor, plans: Any, owned: list[Tensor], exchanged: Any) -
 
 
 def shares(size: int) -> dict[str, list[int]]:
-    """Per context rank: query-key pairs of one long sequence, and exchanged rows of a prompt of 48 * size tokens
-    with as many tokens of answers, none of which an edge cuts."""
+    """Per context rank: query-key pairs of one long sequence, and exchanged rows of a prompt of 48 * size
+    tokens with as many tokens of answers, none of which an edge cuts."""
     from redone.trainer.megatron import context
 
     half = 48 * size

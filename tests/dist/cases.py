@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 
-
 Case = tuple[str, str, dict[str, Any]]
 
 # name -> world size, model, (tensor, pipeline, expert, expert tensor[, virtual pipeline[, context]])

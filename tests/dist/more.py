@@ -101,6 +101,7 @@ def two_layouts(
 def options(**_: Any) -> dict[str, Any]:
     """What the keys that need CUDA set in Megatron's own configurations, and what is missing here."""
     from megatron.core.optimizer import OptimizerConfig
+
     from redone.config.schema import OptimConfig, TrainerConfig
     from redone.layout import ModelShape
     from redone.trainer.megatron import model, optim

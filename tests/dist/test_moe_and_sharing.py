@@ -1,4 +1,4 @@
-"""Routing replay, the balancing loss under prefix sharing, and changes that parity and self-check must notice."""
+"""Routing replay, the balancing loss under prefix sharing, and changes that parity and self-check notice."""
 
 from __future__ import annotations
 

@@ -20,9 +20,9 @@ os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported; only the c
 
 import numpy as np
 import reference
-from groups import close_groups
 import torch
 import torch.distributed as dist
+from groups import close_groups
 from redone_kernels import launch
 
 from redone.config.schema import Config
