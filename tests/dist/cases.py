@@ -92,6 +92,12 @@ def ranks_of(layout: str) -> str:
     return f"{LAYOUTS[layout][0]}_slow" if layout in SLOW else str(LAYOUTS[layout][0])
 
 
+def checkpoint_ranks(saved: str, loaded: str) -> str:
+    """Checkpoints on four ranks cost ten seconds each: `make test` has one of them, "4_long" the others."""
+    ranks = ranks_of(saved)
+    return "4_long" if ranks == "4" and loaded != "MoE PP2xEP2" else ranks
+
+
 def _cases(ranks: str) -> list[Case]:
     cases: list[Case] = []
     for name, (_, kind, layout) in LAYOUTS.items():
@@ -108,13 +114,15 @@ def _cases(ranks: str) -> list[Case]:
             cases.append((f"gradients {name}", "gradients", {"kind": kind, "layout": sizes, **options}))
     for saved, loaded in CHECKPOINTS:
         _, kind, sizes = LAYOUTS[saved]
-        if ranks_of(saved) == ranks:
+        if checkpoint_ranks(saved, loaded) == ranks:
             arguments = {"kind": kind, "save_layout": sizes, "load_layout": LAYOUTS[loaded][2]}
             cases.append((f"checkpoint {saved} -> {loaded}", "checkpoint", arguments))
     return cases
 
 
-CASES: dict[str, list[Case]] = {ranks: _cases(ranks) for ranks in ("1", "2", "4", "2_slow", "4_slow")}
+CASES: dict[str, list[Case]] = {
+    ranks: _cases(ranks) for ranks in ("1", "2", "4", "4_long", "2_slow", "4_slow")
+}
 CUT_OVER = (2, 3, 8)  # context ranks, one process in place of all
 OTHER_LOSS = {
     "loss": {"type": "dr_grpo", "length": 16, "clip_ratio_high": 0.3},
@@ -166,21 +174,23 @@ CASES["2"] += [
     ("bf16", "bf16", {"kind": "moe", "layout": (1, 1, 2, 1)}),
     ("bf16 tied PP2", "bf16", {"kind": "tied", "layout": (1, 2, 1, 1)}),
 ]
-CASES["4"] += [
+CASES["4_long"] += [
     ("replay PP2xVPP2xEP2", "replay", {"kind": "moe", "layout": (1, 2, 2, 1, 2)}),
-    ("replay TP2xEP2", "replay", {"kind": "moe", "layout": (2, 1, 2, 1)}),
     ("routed TP2xEP2", "routed_gradients", {"kind": "moe", "layout": (2, 1, 2, 1)}),
     (
         "routed PP2xVPP2xEP2",
         "routed_gradients",
         {"kind": "moe", "layout": (1, 2, 2, 1, 2), "recompute": "full"},
     ),
-    ("metrics TP2xEP2", "ratio", {"kind": "moe", "layout": (2, 1, 2, 1)}),
     (
         "asynchronous checkpoint TP2xEP2",
         "checkpoint",
         {"kind": "moe", "save_layout": (2, 1, 2, 1), "load_layout": (1, 2, 2, 1), "asynchronous": True},
     ),
+]
+CASES["4"] += [
+    ("replay TP2xEP2", "replay", {"kind": "moe", "layout": (2, 1, 2, 1)}),
+    ("metrics TP2xEP2", "ratio", {"kind": "moe", "layout": (2, 1, 2, 1)}),
 ]
 CASES["2"] += [("balanced TP2xETP2", "balanced", {"kind": "moe", "layout": (2, 1, 1, 2)})]
 _CP2, _CP2EP2, _CP2TP2EP4 = (LAYOUTS[name][2] for name in ("MoE CP2", "MoE CP2xEP2", "MoE CP2xTP2xEP4"))
@@ -228,6 +238,9 @@ UNPROVEN = {
 }
 
 
+LONG = {name for name, _, _ in CASES["4_long"]}
+
+
 def marks(*names: str) -> list[pytest.MarkDecorator]:
     """Of a test of these cases or layouts."""
     quick = {f"{what}{name}" for name in ("dense CP2", "MoE CP2xEP2") for what in ("", " ", "train ")}
@@ -235,4 +248,8 @@ def marks(*names: str) -> list[pytest.MarkDecorator]:
     unproven = slow or bool(
         UNPROVEN & {*names}
     )  # the slow groups of ranks have not run to their end in one piece
+    slow |= any(
+        name in LONG or (" -> " in name and checkpoint_ranks(*name.split(" -> ")) == "4_long")
+        for name in names
+    )
     return [pytest.mark.unproven] * unproven + [pytest.mark.slow] * slow

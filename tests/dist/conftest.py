@@ -74,6 +74,11 @@ def world4(models: Path) -> Group:
 
 
 @pytest.fixture(scope="session")
+def world4_long(models: Path) -> Group:
+    return _start(models, "4_long")
+
+
+@pytest.fixture(scope="session")
 def world2_slow(models: Path) -> Group:
     return _start(models, "2_slow")
 

@@ -12,6 +12,7 @@ from cases import (
     OVERLAPPED,
     REAL,
     TRAINED,
+    checkpoint_ranks,
     marks,
     ranks_of,
 )
@@ -89,7 +90,7 @@ def test_publish_writes_every_weight(group: Group, name: str) -> None:
 @pytest.mark.parametrize(
     ("group", "saved", "loaded"),
     [
-        pytest.param(ranks_of(a), a, b, id=f"{a} to {b}", marks=marks(a, b, f"{a} -> {b}"))
+        pytest.param(checkpoint_ranks(a, b), a, b, id=f"{a} to {b}", marks=marks(a, b, f"{a} -> {b}"))
         for a, b in CHECKPOINTS
     ],
     indirect=["group"],

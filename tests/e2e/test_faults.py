@@ -122,6 +122,7 @@ def test_a_saved_batch_is_run_again(workplace: Workplace) -> None:
     assert missing.returncode == 2 and "there: 2" in missing.stderr
 
 
+@pytest.mark.slow
 def test_interrupt_stops_cleanly(workplace: Workplace) -> None:
     process = workplace.start(*workplace.run_args("interrupt", "algorithm.total_steps=200"))
     wait_for_step(workplace, "interrupt", 1, process)

@@ -17,6 +17,7 @@ from .test_tiny_run import our_processes
 
 TINY = REPO / "configs" / "tiny" / "pipeline.yaml"
 Made = tuple[Workplace, subprocess.CompletedProcess[str]]
+pytestmark = pytest.mark.slow
 
 
 def args(place: Workplace, name: str, *overrides: str) -> list[str]:
@@ -138,7 +139,6 @@ MOMENTS: dict[str, Callable[[Path], bool]] = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.unproven
 def test_killed_in_every_stage_equals_the_uninterrupted_pipeline(made: Made) -> None:
     """SIGKILL in explore, soft labels, target and refine, one after the other, each time gone on with."""
@@ -175,7 +175,6 @@ def test_killed_in_every_stage_equals_the_uninterrupted_pipeline(made: Made) -> 
     assert our_processes(cut) == []
 
 
-@pytest.mark.slow
 @pytest.mark.unproven
 def test_one_changed_input_runs_exactly_its_dependents(made: Made) -> None:
     place, _ = made
@@ -190,7 +189,6 @@ def test_one_changed_input_runs_exactly_its_dependents(made: Made) -> None:
     assert " running" not in taken_back.stdout
 
 
-@pytest.mark.slow
 @pytest.mark.unproven
 def test_an_empty_failure_bucket_skips_the_target_or_stops(made: Made) -> None:
     place, _ = made
@@ -207,7 +205,6 @@ def test_an_empty_failure_bucket_skips_the_target_or_stops(made: Made) -> None:
     assert done.returncode == 2 and "no task fails" in done.stderr
 
 
-@pytest.mark.slow
 @pytest.mark.unproven
 def test_a_judge_that_is_down_stops_and_keeps_the_candidates(made: Made) -> None:
     place, _ = made

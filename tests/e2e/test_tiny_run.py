@@ -126,6 +126,7 @@ def wait_for_step(place: Workplace, name: str, step: int, process: subprocess.Po
     raise AssertionError(f"step {step} was not reached")
 
 
+@pytest.mark.slow
 def test_kill_and_resume_equals_the_uninterrupted_run(
     learned: tuple[Workplace, subprocess.CompletedProcess[str]],
 ) -> None:

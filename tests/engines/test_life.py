@@ -25,6 +25,7 @@ def offspring(pid: int) -> list[psutil.Process]:
     return [p for p in found if not any("resource_tracker" in part for part in p.cmdline())]
 
 
+@pytest.mark.slow
 def test_failed_start_quotes_the_cause_and_leaves_nothing(tmp_path: Path) -> None:
     folder = make_tiny_model(tmp_path / "model", "qwen3")
     config = json.loads((folder / "config.json").read_text())
@@ -54,6 +55,7 @@ def test_dead_engine_is_an_error_and_leaves_nothing(tmp_path: Path) -> None:
     assert left == []
 
 
+@pytest.mark.slow
 def test_tensor_parallel_update_is_exact(tmp_path: Path) -> None:
     folder = make_tiny_model(tmp_path / "model", "qwen3")
     live = LiveEngine(engine_config(folder, in_process=False, tensor_model_parallel_size=2), folder, tmp_path)
