@@ -238,18 +238,13 @@ UNPROVEN = {
 }
 
 
-LONG = {name for name, _, _ in CASES["4_long"]}
+LONG = {name.removeprefix("checkpoint ") for name, _, _ in CASES["4_long"]}
 
 
 def marks(*names: str) -> list[pytest.MarkDecorator]:
     """Of a test of these cases or layouts."""
     quick = {f"{what}{name}" for name in ("dense CP2", "MoE CP2xEP2") for what in ("", " ", "train ")}
     slow = any(("CP2" in name and name not in quick) or "overlapped" in name for name in names)
-    unproven = slow or bool(
-        UNPROVEN & {*names}
-    )  # the slow groups of ranks have not run to their end in one piece
-    slow |= any(
-        name in LONG or (" -> " in name and checkpoint_ranks(*name.split(" -> ")) == "4_long")
-        for name in names
-    )
-    return [pytest.mark.unproven] * unproven + [pytest.mark.slow] * slow
+    unproven = slow or bool(UNPROVEN & {*names})  # the slow groups have not run to their end in one piece
+    long = any(name in LONG for name in names)
+    return [pytest.mark.unproven] * unproven + [pytest.mark.slow] * (slow or long)
