@@ -41,6 +41,7 @@ def assert_clean(place: Workplace, name: str) -> None:
     assert our_processes(place.root / name) == []
 
 
+@pytest.mark.slow
 def test_engine_that_cannot_start(workplace: Workplace) -> None:
     done = workplace.redone(
         *workplace.run_args("noengine", "rollout.engine.kv_cache_mb=8", "rollout.engine.block_size=4096")

@@ -18,6 +18,8 @@ from tests.engines.plants import plant, push_random
 
 NORMAL_EPSILON = 1e-6
 
+pytestmark = pytest.mark.slow  # seven cases behind one start of two trainer ranks and an engine
+
 
 def check(cluster: RayCluster) -> dict[str, float]:
     return cluster.trainers().check_canary(cluster.engines(), version=0)
