@@ -191,6 +191,7 @@ def main() -> None:
             "rates": [asdict(rate) for rate in rates],
         }
         text = json.dumps(result, indent=1) + "\n"
+        options.out.mkdir(parents=True, exist_ok=True)
         (options.out / "reward-cpu.json").write_text(text, encoding="utf-8")
 
 
