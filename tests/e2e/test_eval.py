@@ -28,7 +28,6 @@ def run_folder(root: Path, data: Path) -> Path:
     return root
 
 
-@pytest.mark.unproven
 @pytest.mark.slow
 def test_every_suite_through_the_engine(workplace: Workplace, redone_data: Path, tmp_path: Path) -> None:
     model = make_tiny_model(tmp_path / "model", "qwen3", max_position_embeddings=4096)
