@@ -152,7 +152,7 @@ def run_program(source, wire):
             else:
                 _, target, args, named = request
                 reply = ("value", space[target](*args, **named))
-        except Exception as error:
+        except Exception as error:  # whatever the tested program raises is its answer
             reply = ("error", type(error).__name__, str(error)[:300])
         wire.put(reply)
 

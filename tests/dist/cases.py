@@ -227,24 +227,10 @@ REAL = {
     "qwen3_30b_a3b": 30_532_122_624,
 }
 CASES["1"] += [(f"meta {model}", "meta", {"model": model}) for model in REAL]
-# Written with context parallelism, not seen to pass.
-UNPROVEN = {
-    *("MoE CP2", "CP, one micro-batch", "CP, no prefix sharing", "CP, small micro-batches"),
-    *(f"train {name}" for name in TRAINED if name in SLOW and name != "MoE CP2xTP2xEP4"),
-    *(f"train {name}, overlapped" for name in OVERLAPPED),
-    *("kept reference, overlapped", "export MoE CP2xTP2xEP4"),
-    *("heads CP2", "replay CP2xEP2", "balanced CP2", "sequence loss CP2", "balancing loss CP2"),
-    *("replay CP2xTP2xEP4", "metrics CP2xTP2xEP4"),
-}
 
 
-LONG = {name.removeprefix("checkpoint ") for name, _, _ in CASES["4_long"]}
-
-
-def marks(*names: str) -> list[pytest.MarkDecorator]:
-    """Of a test of these cases or layouts."""
-    quick = {f"{what}{name}" for name in ("dense CP2", "MoE CP2xEP2") for what in ("", " ", "train ")}
-    slow = any(("CP2" in name and name not in quick) or "overlapped" in name for name in names)
-    unproven = slow or bool(UNPROVEN & {*names})  # the slow groups have not run to their end in one piece
-    long = any(name in LONG for name in names)
-    return [pytest.mark.unproven] * unproven + [pytest.mark.slow] * (slow or long)
+def marks(ranks: str) -> list[pytest.MarkDecorator]:
+    """Of a test on these ranks: "4_long" and "2_slow" run in make test-full, and the groups "_slow" have not
+    been seen to run to their end in one piece."""
+    slow, unproven = "_" in ranks, ranks.endswith("_slow")
+    return [pytest.mark.slow] * slow + [pytest.mark.unproven] * unproven

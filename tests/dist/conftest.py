@@ -58,34 +58,17 @@ def _start(models: Path, ranks: str) -> Group:
     return run_cases(int(ranks[0]), CASES[ranks], models / f"world{ranks}", timeout_s=420)
 
 
-@pytest.fixture(scope="session")
-def world1(models: Path) -> Group:
-    return _start(models, "1")
+def _world(ranks: str) -> Any:
+    @pytest.fixture(scope="session", name=f"world{ranks}")
+    def start(models: Path) -> Group:
+        return _start(models, ranks)
+
+    return start
 
 
-@pytest.fixture(scope="session")
-def world2(models: Path) -> Group:
-    return _start(models, "2")
-
-
-@pytest.fixture(scope="session")
-def world4(models: Path) -> Group:
-    return _start(models, "4")
-
-
-@pytest.fixture(scope="session")
-def world4_long(models: Path) -> Group:
-    return _start(models, "4_long")
-
-
-@pytest.fixture(scope="session")
-def world2_slow(models: Path) -> Group:
-    return _start(models, "2_slow")
-
-
-@pytest.fixture(scope="session")
-def world4_slow(models: Path) -> Group:
-    return _start(models, "4_slow")
+world1, world2, world4, world4_long, world2_slow, world4_slow = map(
+    _world, ("1", "2", "4", "4_long", "2_slow", "4_slow")
+)
 
 
 @pytest.fixture

@@ -10,10 +10,7 @@ from test_trainer import GRADIENT, PARITY, WEIGHT
 
 def at(cases: dict[str, str]) -> list[object]:
     """(ranks, name) of every test."""
-    return [pytest.param(ranks, name, id=name, marks=marks(name)) for name, ranks in cases.items()]
-
-
-METRICS = [pytest.param("4", "metrics TP2xEP2", id="metrics TP2xEP2")]
+    return [pytest.param(ranks, name, id=name, marks=marks(ranks)) for name, ranks in cases.items()]
 
 
 @pytest.mark.parametrize(
@@ -64,7 +61,7 @@ def test_without_multiplicity_the_balancing_loss_is_wrong(world1: Group) -> None
 
 @pytest.mark.parametrize(
     "case",
-    [pytest.param(name, marks=marks(name)) for name in ("sequence loss CP2", "balancing loss CP2")],
+    [pytest.param(name, marks=marks("2_slow")) for name in ("sequence loss CP2", "balancing loss CP2")],
 )
 def test_context_ranks_and_tensor_ranks_make_the_same_gradients(world2_slow: Group, case: str) -> None:
     result = world2_slow[case]
@@ -81,7 +78,7 @@ def test_a_planted_error_fails_parity_and_the_self_check(world1: Group, what: st
 
 
 @pytest.mark.parametrize(
-    ("group", "name"), at({"metrics CP2xTP2xEP4": "4_slow"}) + METRICS, indirect=["group"]
+    ("group", "name"), at({"metrics TP2xEP2": "4", "metrics CP2xTP2xEP4": "4_slow"}), indirect=["group"]
 )
 def test_metrics_of_sharing_and_expert_load(group: Group, name: str) -> None:
     found = group[name]

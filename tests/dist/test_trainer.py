@@ -24,12 +24,10 @@ HEAD = 1e-6  # loss and the gradient of its weight, one head against another
 WEIGHT = 2e-5  # after three AdamW steps at lr 1e-3
 
 
-def at(layouts: dict[str, str], what: str = "") -> list[object]:
+def at(layouts: dict[str, str]) -> list[object]:
     """(ranks, name) of every test; layouts: name of a test -> layout."""
-    return [
-        pytest.param(ranks_of(layout), name, id=name, marks=marks(name, layout, f"{what} {name}"))
-        for name, layout in layouts.items()
-    ]
+    where = {name: ranks_of(layout) for name, layout in layouts.items()}
+    return [pytest.param(ranks, name, id=name, marks=marks(ranks)) for name, ranks in where.items()]
 
 
 ALL = at({name: name for name in LAYOUTS})
@@ -58,7 +56,7 @@ def test_the_cut_of_the_batch_does_not_matter(group: Group, name: str) -> None:
     assert result["worst"] <= GRADIENT, result["name"]
 
 
-@pytest.mark.parametrize(("group", "name"), at({name: name for name in TRAINED}, "train"), indirect=["group"])
+@pytest.mark.parametrize(("group", "name"), at({name: name for name in TRAINED}), indirect=["group"])
 def test_three_steps_equal_adamw(group: Group, name: str) -> None:
     result = group[f"train {name}"]
     assert result["weights"] <= WEIGHT
@@ -67,9 +65,7 @@ def test_three_steps_equal_adamw(group: Group, name: str) -> None:
         assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("group", "name"), at({name: name for name in EXPORTED}, "export"), indirect=["group"]
-)
+@pytest.mark.parametrize(("group", "name"), at({name: name for name in EXPORTED}), indirect=["group"])
 def test_export_is_bit_exact_and_transformers_loads_it(group: Group, name: str) -> None:
     result = group[f"export {name}"]
     assert result["differing"] == [] and result["missing"] == []
@@ -78,9 +74,7 @@ def test_export_is_bit_exact_and_transformers_loads_it(group: Group, name: str) 
     assert {"config.json", "tokenizer.json", "generation_config.json"} <= set(result["single"])
 
 
-@pytest.mark.parametrize(
-    ("group", "name"), at({name: name for name in EXPORTED}, "export"), indirect=["group"]
-)
+@pytest.mark.parametrize(("group", "name"), at({name: name for name in EXPORTED}), indirect=["group"])
 def test_publish_writes_every_weight(group: Group, name: str) -> None:
     result = group[f"publish {name}"]
     assert result["published"] and result["names"] and result["wrong"] == []
@@ -90,8 +84,9 @@ def test_publish_writes_every_weight(group: Group, name: str) -> None:
 @pytest.mark.parametrize(
     ("group", "saved", "loaded"),
     [
-        pytest.param(checkpoint_ranks(a, b), a, b, id=f"{a} to {b}", marks=marks(a, b, f"{a} -> {b}"))
+        pytest.param(ranks, a, b, id=f"{a} to {b}", marks=marks(ranks))
         for a, b in CHECKPOINTS
+        for ranks in (checkpoint_ranks(a, b),)
     ],
     indirect=["group"],
 )
@@ -123,7 +118,6 @@ def test_attention_cut_over_context_ranks_equals_a_dense_mask(world1: Group, siz
     assert max(errors.values()) <= 1e-6 and errors["mask"] == 0, errors
 
 
-@pytest.mark.unproven
 @pytest.mark.parametrize("size", CUT_OVER)
 def test_context_ranks_attend_equally_and_send_prompts_only(world1: Group, size: int) -> None:
     found = world1[f"shares CP{size}"]
@@ -146,7 +140,7 @@ def test_temperature_divides_the_logits(world1: Group) -> None:
         ("1", "heads"),
         ("1", "heads, other loss"),
         ("2", "heads TP2"),
-        pytest.param("2_slow", "heads CP2", marks=marks("heads CP2")),
+        pytest.param("2_slow", "heads CP2", marks=marks("2_slow")),
     ],
     indirect=["group"],
 )
@@ -163,15 +157,12 @@ def test_every_head_equals_the_reference_head(group: Group, case: str) -> None:
         assert result["worst"] <= GRADIENT, name
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=marks(f"train {name}, overlapped")) for name in OVERLAPPED]
-)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=marks("2_slow")) for name in OVERLAPPED])
 def test_three_steps_with_overlapped_collectives_equal_adamw(world2_slow: Group, name: str) -> None:
     result = world2_slow[f"train {name}, overlapped"]
     assert result["weights"] <= WEIGHT and result["moved"] > 50 * WEIGHT
 
 
-@pytest.mark.unproven
 def test_keys_for_cuda_set_megatrons_fields(world1: Group) -> None:
     found = world1["options"]
     assert found["delayed"] == ["hybrid", "delayed", 128]
@@ -197,7 +188,7 @@ def test_keys_for_cuda_set_megatrons_fields(world1: Group) -> None:
     ("group", "case"),
     [
         ("1", "kept reference"),
-        pytest.param("2_slow", "kept reference, overlapped", marks=marks("kept reference, overlapped")),
+        pytest.param("2_slow", "kept reference, overlapped", marks=marks("2_slow")),
     ],
     indirect=["group"],
 )
