@@ -43,7 +43,8 @@ from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 
 from redone.config.schema import Config
 from redone.engine.draws import draw, restricted
-from redone.engine.rollout import START_FAILURES, RolloutEngine
+from redone.engine.receiver import Receiver, named_tensors
+from redone.engine.rollout import RolloutEngine
 from redone.engine.sglang_format import (
     SAMPLER,
     completion_of,
@@ -53,10 +54,8 @@ from redone.engine.sglang_format import (
     sglang_arguments,
 )
 from redone.errors import EngineError, SyncError
-from redone.types import Completion, FloatArray, Sampling, WeightBucket
+from redone.types import Completion, FloatArray, Sampling, TensorMeta, WeightBucket
 from redone.weights.channel import ShmReader
-from redone.weights.digest import verify
-from redone.weights.plan import bucket_tensors, plan_from_json, torch_dtype
 
 TAGS = (GPU_MEMORY_TYPE_WEIGHTS, GPU_MEMORY_TYPE_KV_CACHE)
 # Its layers return partial sums and keep the rest in the batch, so hooks do not see the residual stream.
@@ -138,36 +137,22 @@ class RankScheduler(Scheduler):
             Path(answers).write_bytes(pickle.dumps(everyone))
 
     def redone_begin(self, plan_json: str) -> str | None:
-        self._redone_plan = plan_from_json(plan_json)
-        self._redone_reader: ShmReader | None = None
+        self._redone_receiver: Receiver | None = Receiver(plan_json)
         return None
 
     def redone_load(
         self, version: int, index: int, location: str, digests: list[int], names: list[str]
     ) -> str | None:
         """Verify what this rank maps, then load the tensors `names`."""
+        assert self._redone_receiver is not None
         bucket = WeightBucket(version=version, index=index, location=location, digests=tuple(digests))
-        tensors = bucket_tensors(self._redone_plan, index)
-        try:
-            if self._redone_reader is None or self._redone_reader.location != location:
-                self._redone_reader = ShmReader(location, self._redone_plan.total_bytes)
-            reader = self._redone_reader
-            verify(self._redone_plan, bucket, reader)
-            wanted = set(names)
-            self.get_model().load_weights(
-                (t.name, reader.view(t.offset, t.nbytes).view(torch_dtype(t.dtype)).view(t.shape))
-                for t in tensors
-                if t.name in wanted
-            )
-        except SyncError as error:
-            return str(error)
-        except (*START_FAILURES, IndexError) as error:
-            span = f"{tensors[0].name!r} .. {tensors[-1].name!r}"
-            return f"bucket {index} of version {version} ({span}): {type(error).__name__}: {error}"
-        return None
+        return self._redone_receiver.load(bucket, set(names), self._redone_install)
+
+    def _redone_install(self, reader: ShmReader, tensors: Sequence[TensorMeta]) -> None:
+        self.get_model().load_weights(named_tensors(reader, tensors))
 
     def redone_commit(self) -> str | None:
-        self._redone_reader = None
+        self._redone_receiver = None
         return None
 
 

@@ -16,7 +16,7 @@ import itertools
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -40,12 +40,11 @@ from vllm.v1.engine.llm_engine import LLMEngine
 from redone.config.schema import Config, VllmEngine
 from redone.engine.capture import CaptureExtension
 from redone.engine.loop import LoopThread
+from redone.engine.receiver import Receiver, named_tensors
 from redone.engine.rollout import START_FAILURES, RolloutEngine
-from redone.errors import EngineDied, EngineError, SyncError
-from redone.types import Completion, Finish, FloatArray, Sampling, VersionSpan, WeightBucket
+from redone.errors import EngineDied, EngineError
+from redone.types import Completion, Finish, FloatArray, Sampling, TensorMeta, VersionSpan, WeightBucket
 from redone.weights.channel import ShmReader
-from redone.weights.digest import verify
-from redone.weights.plan import bucket_tensors, plan_from_json, torch_dtype
 from redone.weights.units import unit_of
 
 BACKEND = "redone_shm"
@@ -63,10 +62,10 @@ class ShmInitInfo(WeightTransferInitInfo):
 
 @dataclass
 class ShmUpdateInfo(WeightTransferUpdateInfo):
-    """One bucket: (name, dtype, shape, offset, nbytes) of its tensors within the mapped file."""
+    """One bucket's tensors within the mapped file."""
 
     reader: ShmReader
-    tensors: Sequence[Any] = field(default_factory=tuple)
+    tensors: Sequence[TensorMeta] = ()
 
 
 class ShmTransferEngine(WeightTransferEngine[ShmInitInfo, ShmUpdateInfo]):
@@ -84,10 +83,7 @@ class ShmTransferEngine(WeightTransferEngine[ShmInitInfo, ShmUpdateInfo]):
 
     def receive_weights(self, update_info: ShmUpdateInfo) -> None:
         self.loaded |= {unit_of(t.name) for t in update_info.tensors}
-        self.model.load_weights(
-            (t.name, update_info.reader.view(t.offset, t.nbytes).view(torch_dtype(t.dtype)).view(t.shape))
-            for t in update_info.tensors
-        )
+        self.model.load_weights(named_tensors(update_info.reader, update_info.tensors))
 
     def finish_weight_update(self) -> None:
         finalize_layerwise_reload(self.model, self.model_config)
@@ -144,8 +140,7 @@ class WorkerExtension(CaptureExtension):
         with set_current_vllm_config(self.vllm_config):
             self.weight_transfer_engine.abort()
         self._weight_update_active = False
-        self._redone_plan = plan_from_json(plan_json)
-        self._redone_reader: ShmReader | None = None
+        self._redone_receiver: Receiver | None = Receiver(plan_json)
         self.start_weight_update()  # type: ignore[attr-defined]
         return None
 
@@ -153,28 +148,19 @@ class WorkerExtension(CaptureExtension):
         self, version: int, index: int, location: str, digests: list[int], names: list[str]
     ) -> str | None:
         """Verify what this rank maps, then load the tensors `names`."""
+        assert self._redone_receiver is not None
         bucket = WeightBucket(version=version, index=index, location=location, digests=tuple(digests))
-        tensors = bucket_tensors(self._redone_plan, index)
-        try:
-            if self._redone_reader is None or self._redone_reader.location != location:
-                self._redone_reader = ShmReader(location, self._redone_plan.total_bytes)
-            verify(self._redone_plan, bucket, self._redone_reader)
-            wanted = [t for t in tensors if t.name in set(names)]
-            if wanted:
-                self.update_weights({"reader": self._redone_reader, "tensors": wanted})  # type: ignore[attr-defined]
-        except SyncError as error:
-            return str(error)
-        except (*START_FAILURES, IndexError) as error:
-            names = f"{tensors[0].name!r} .. {tensors[-1].name!r}"
-            return f"bucket {index} of version {version} ({names}): {type(error).__name__}: {error}"
-        return None
+        return self._redone_receiver.load(bucket, set(names), self._redone_install)
+
+    def _redone_install(self, reader: ShmReader, tensors: Sequence[TensorMeta]) -> None:
+        self.update_weights({"reader": reader, "tensors": tensors})  # type: ignore[attr-defined]
 
     def redone_commit(self) -> str | None:
         try:
             self.finish_weight_update()  # type: ignore[attr-defined]
         except START_FAILURES as error:
             return f"{type(error).__name__}: {error}"
-        self._redone_reader = None
+        self._redone_receiver = None
         return None
 
 

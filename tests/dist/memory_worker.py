@@ -15,10 +15,10 @@ import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
 
 from redone.config.schema import Config
-from redone.data.pack import build_shards, plan_step
+from redone.data.pack import build_shards
 from redone.trainer import build_trainer
 from redone.trainer.megatron.optim import inner_optimizers
-from redone.types import Batch, TrainGroup, Trajectory
+from redone.types import Batch, Piece, StepPlan, TrainGroup, Trajectory
 
 PROMPT, GROUP = 32, 4
 FOLDER = Path()
@@ -131,17 +131,22 @@ def profile_first_steps(trainer: Any) -> list[float]:
 
 def measure(path: str, layout: list[int], tokens: int, **options: Any) -> list[dict[str, float]]:
     """Per rank, in bytes: what the build left (`built`), what the first optimizer step added (`moments`),
-    and the
-    `peak` of a third update above them."""
+    and the `peak` of a third update above them."""
     micro = options.pop("microbatches", 2)
     cfg = make_config(path, layout, tokens, **options)
-    gc.collect()  # the trainer before is cyclic garbage; its release must not count here
+    while gc.collect():  # the trainer before is garbage in cycles, freed in rounds; that must not count here
+        pass
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as build:
         trainer = build_trainer(cfg, dist.get_rank(), dist.get_world_size(), "unused")
         gc.collect()  # what the build left in cycles is no state
     info = trainer.describe()
-    batch = make_batch(tokens, micro * info["dp_size"], trainer.shape.vocab)
-    plan = plan_step(batch, info["dp_size"], tokens, True)
+    dp = info["dp_size"]
+    batch = make_batch(tokens, micro * dp, trainer.shape.vocab)
+    slots = [
+        [(Piece(group=i + d, samples=tuple(range(GROUP))),) for d in range(dp)]
+        for i in range(0, micro * dp, dp)
+    ]
+    plan = StepPlan(slots=tuple(map(tuple, slots)))  # a group is a micro-batch: the planner may cut otherwise
     shard = build_shards(batch, plan, layout[0])[info["dp_rank"]]
     moments = profile_first_steps(trainer)
     for _ in range(2):
