@@ -124,8 +124,8 @@ def pooled(name: str, seconds: float, workers: int) -> Rate:
     groups = [make(name, reference, text, i) for i in range(256)]
 
     async def round() -> int:
-        scores = await asyncio.gather(*(pool.score(p, c) for p, answers in groups for c in answers))
-        return sum(score.status == "ok" for score in scores)
+        found = await asyncio.gather(*(pool.score_group(p, answers) for p, answers in groups))
+        return sum(score.status == "ok" for scores in found for score in scores)
 
     asyncio.run(round())
     count, start, used = 0, time.perf_counter(), cpu()

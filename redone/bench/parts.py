@@ -103,8 +103,7 @@ def reward(bench: Bench) -> list[Figure]:
     prompts, n = bench.real(bench.cfg.algorithm.train_batch_size), bench.cfg.rollout.n
 
     async def score_all() -> None:
-        answers = [(prompt, _answer(prompt)) for prompt in prompts for _ in range(n)]
-        await asyncio.gather(*(bench.rewards.score(prompt, answer) for prompt, answer in answers))
+        await asyncio.gather(*(bench.rewards.score_group(p, [_answer(p)] * n) for p in prompts))
 
     seconds = bench.repeats.seconds(lambda _: asyncio.run(score_all()))
     return [

@@ -130,7 +130,7 @@ async def score_answers(
     for reading in measure.readings:
         assert rewards is not None
         prompt = replace(item.prompt, reward=f"{key}/{reading}" if reading else key)
-        by_reading[reading] = list(await asyncio.gather(*(rewards.score(prompt, a) for a in answers)))
+        by_reading[reading] = await rewards.score_group(prompt, answers)
     stats, failed, details = [], 0, []
     for n, answer in enumerate(answers):
         scores = {reading: found[n] for reading, found in by_reading.items()}

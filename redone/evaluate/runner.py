@@ -28,7 +28,7 @@ MAX_LABELS = 20
 class Scorer(Protocol):
     """What evaluation needs of reward.pool.RewardPool."""
 
-    async def score(self, prompt: Prompt, completion: Completion) -> Score: ...
+    async def score_group(self, prompt: Prompt, completions: Sequence[Completion]) -> list[Score]: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -161,7 +161,7 @@ async def _answer_all(
         async with gate:
             seeds = [sample_seed(seed, prompt.id, i) for i in range(n)]
             completions = await engines.generate(prompt.token_ids.tolist(), sampling, seeds)
-            scores = await asyncio.gather(*(rewards.score(prompt, c) for c in completions))
+            scores = await rewards.score_group(prompt, completions)
         return make_item(prompt, completions, scores, labels.get(prompt.task))
 
     try:

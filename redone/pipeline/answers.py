@@ -124,7 +124,7 @@ async def _answer(
     async def answer(prompt: Prompt) -> Answers:
         seeds = [sample_seed(seed, prompt.id, i) for i in range(n)]
         completions = await engines.generate(prompt.token_ids.tolist(), sampling, seeds)
-        scores = await asyncio.gather(*(rewards.score(prompt, c) for c in completions))
+        scores = await rewards.score_group(prompt, completions)
         return record(prompt, completions, scores)
 
     return await in_order(

@@ -266,8 +266,8 @@ async def _best_constants(
             completion = Completion(
                 token_ids=NO_IDS, text=text, logprobs=NO_LOGPROBS, finish="stop", versions=()
             )
-            scores = await asyncio.gather(*(rewards.score(p, completion) for p in prompts))
-            usable = [s.raw for s in scores if s.status == "ok"]
+            scores = await asyncio.gather(*(rewards.score_group(p, [completion]) for p in prompts))
+            usable = [s.raw for (s,) in scores if s.status == "ok"]
             mean = sum(usable) / len(usable) if usable else 0.0
             if task not in best or mean > best[task][1]:
                 best[task] = (text, mean)

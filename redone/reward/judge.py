@@ -53,7 +53,7 @@ class Judge(Protocol):
 class Scorer(Protocol):
     """What a VerifierJudge needs of reward.pool.RewardPool."""
 
-    async def score(self, prompt: Prompt, completion: Completion) -> Score: ...
+    async def score_group(self, prompt: Prompt, completions: Sequence[Completion]) -> list[Score]: ...
 
 
 class VerifierJudge:
@@ -64,12 +64,12 @@ class VerifierJudge:
         self._counts: Counter[str] = Counter()
 
     async def score(self, items: Sequence[JudgeItem]) -> list[JudgeScore]:
-        found = await asyncio.gather(*(self._rewards.score(i.prompt, i.completion) for i in items))
+        found = await asyncio.gather(*(self._rewards.score_group(i.prompt, [i.completion]) for i in items))
         scores = [
             JudgeScore(score=s.raw, parts={"judge": s.raw, **s.parts}, detail=s.detail)
             if s.status == "ok"
             else JudgeScore(score=None, status="error", detail=s.detail)
-            for s in found
+            for (s,) in found
         ]
         self._counts.update(score.status for score in scores)
         return scores

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 
 from redone.config.schema import JudgeReward
@@ -35,13 +36,13 @@ class JudgeLane:
         self._lock = threading.Lock()
         self._latency = Latency()
 
-    def submit(self, job: Job) -> None:
+    def submit(self, jobs: Sequence[Job]) -> None:
         if self._loop is None:
             self._loop = asyncio.new_event_loop()
             self._client = self._loop.create_future()
             self._thread = threading.Thread(target=self._run, daemon=True, name="reward-judge")
             self._thread.start()
-        self._loop.call_soon_threadsafe(self._start, job)
+        self._loop.call_soon_threadsafe(self._start, jobs)
 
     def take_latency(self) -> Latency:
         with self._lock:
@@ -70,11 +71,12 @@ class JudgeLane:
             loop.run_until_complete(connection.__aexit__(None, None, None))
             loop.close()
 
-    def _start(self, job: Job) -> None:
+    def _start(self, jobs: Sequence[Job]) -> None:
         assert self._loop is not None
-        task = self._loop.create_task(self._serve(job))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        for job in jobs:
+            task = self._loop.create_task(self._serve(job))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
 
     async def _serve(self, job: Job) -> None:
         start = time.perf_counter()
@@ -83,7 +85,7 @@ class JudgeLane:
             self._latency.seconds.append(time.perf_counter() - start)
             self._latency.failed += score.status == "error"
         with suppress(RuntimeError):  # closed: nobody waits any more
-            job.loop.call_soon_threadsafe(_deliver, job, score)
+            job.group.loop.call_soon_threadsafe(job.group.put, job.index, score)
 
     async def _score(self, task: Task) -> Score:
         _, prompt, _, finish = task
@@ -98,8 +100,3 @@ class JudgeLane:
         if found.score is None:
             return failed(f"judge: {found.status}: {found.detail}")
         return make_score(found.score, self._config, parts=found.parts, detail=found.detail)
-
-
-def _deliver(job: Job, score: Score) -> None:
-    if not job.future.done():
-        job.future.set_result(score)

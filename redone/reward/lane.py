@@ -28,14 +28,28 @@ START = "from redone.reward.worker import main; main()"
 START_S = 120.0  # a worker imports numpy and pydantic, on a busy machine
 # what pickle raises for a reference that cannot cross a process border
 UNPICKLABLE = (pickle.PickleError, TypeError, AttributeError, ValueError)
-Future = asyncio.Future[Score]
+
+
+class Group:
+    """The scores that one caller waits for. Belongs to that caller's event loop and its thread."""
+
+    def __init__(self, size: int) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.future: asyncio.Future[list[Score]] = self.loop.create_future()
+        self._scores: dict[int, Score] = {}
+        self._size = size
+
+    def put(self, index: int, score: Score) -> None:
+        self._scores[index] = score
+        if len(self._scores) == self._size and not self.future.done():
+            self.future.set_result([self._scores[i] for i in range(self._size)])
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
     task: Task
-    loop: asyncio.AbstractEventLoop
-    future: Future
+    group: Group
+    index: int  # within the group
 
 
 @dataclass(slots=True)
@@ -105,11 +119,11 @@ class Lane:
         self._first = Process(self._configs)
         self.processes.add(self._first)
 
-    def submit(self, job: Job) -> None:
+    def submit(self, jobs: Sequence[Job]) -> None:
         with self._wake:
-            self._queue.append(job)
-            self._wake.notify()
-        if len(self._threads) < self._workers and not self._closed:
+            self._queue.extend(jobs)
+            self._wake.notify(len(jobs))
+        for _ in range(min(len(jobs), self._workers - len(self._threads)) if not self._closed else 0):
             thread = threading.Thread(target=self._serve, daemon=True, name="reward-lane")
             self._threads.append(thread)
             thread.start()
@@ -187,15 +201,14 @@ class Lane:
         with self._wake:
             self._latency.failed += sum(score.status == "error" for score in scores)
             self._latency.timeouts += sum(score.status == "timeout" for score in scores)
-        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[Future, Score]]] = defaultdict(list)
+        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[Job, Score]]] = defaultdict(list)
         for job, score in zip(jobs, scores, strict=True):
-            by_loop[job.loop].append((job.future, score))
+            by_loop[job.group.loop].append((job, score))
         for loop, found in by_loop.items():
             with suppress(RuntimeError):  # closed: nobody waits any more
-                loop.call_soon_threadsafe(_set_results, found)
+                loop.call_soon_threadsafe(_put, found)
 
 
-def _set_results(found: Sequence[tuple[Future, Score]]) -> None:
-    for future, score in found:
-        if not future.done():
-            future.set_result(score)
+def _put(found: Sequence[tuple[Job, Score]]) -> None:
+    for job, score in found:
+        job.group.put(job.index, score)

@@ -8,7 +8,8 @@ else.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -22,7 +23,7 @@ from redone.config.schema import (
 )
 from redone.reward.jail import START_S as SANDBOX_START_S
 from redone.reward.judge_lane import JudgeLane
-from redone.reward.lane import Job, Lane
+from redone.reward.lane import Group, Job, Lane
 from redone.reward.worker import NO_IDS, make_reward
 from redone.types import Completion, Prompt, Score
 
@@ -38,20 +39,26 @@ class RewardPool:
     ) -> None:
         """`lanes`: reward key -> lane. `families`: reward key -> name in the metrics."""
         self._lanes, self._families, self._max_pending = dict(lanes), dict(families), max_pending
-        self._gates: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Semaphore] = WeakKeyDictionary()
+        self._rooms: WeakKeyDictionary[asyncio.AbstractEventLoop, _Room] = WeakKeyDictionary()
         self._stripped: dict[int, tuple[Prompt, Prompt]] = {}
 
     async def score(self, prompt: Prompt, completion: Completion) -> Score:
-        """Never raises for one bad sample: its Score says status != "ok"."""
+        return (await self.score_group(prompt, [completion]))[0]
+
+    async def score_group(self, prompt: Prompt, completions: Sequence[Completion]) -> list[Score]:
+        """In the order of `completions`. Never raises for a bad sample: its Score says status != "ok"."""
+        if not completions:
+            return []
         loop = asyncio.get_running_loop()
-        gate = self._gates.get(loop)
-        if gate is None:
-            gate = self._gates[loop] = asyncio.Semaphore(self._max_pending)
-        async with gate:
-            future: asyncio.Future[Score] = loop.create_future()
-            task = (prompt.reward, self._strip(prompt), completion.text, completion.finish)
-            self._lanes[prompt.reward].submit(Job(task, loop, future))
-            return await future
+        room = self._rooms.get(loop)
+        if room is None:
+            room = self._rooms[loop] = _Room(self._max_pending)
+        async with room.take(len(completions)):
+            group, key, lean = Group(len(completions)), prompt.reward, self._strip(prompt)
+            self._lanes[key].submit(
+                [Job((key, lean, c.text, c.finish), group, i) for i, c in enumerate(completions)]
+            )
+            return await group.future
 
     def metrics(self) -> dict[str, float]:
         """Per family, since the last call: seconds per score, scores, failures, timeouts."""
@@ -96,6 +103,27 @@ class RewardPool:
         )
         self._stripped[id(prompt)] = (prompt, lean)
         return lean
+
+
+class _Room:
+    """For `limit` responses at once, in the order of asking; a larger group takes all of it."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._places, self._turn = asyncio.Semaphore(limit), asyncio.Lock()
+
+    @asynccontextmanager
+    async def take(self, size: int) -> AsyncIterator[None]:
+        taken = 0
+        try:
+            async with self._turn:  # two groups that each hold half would wait for ever
+                while taken < min(size, self._limit):
+                    await self._places.acquire()
+                    taken += 1
+            yield
+        finally:
+            for _ in range(taken):
+                self._places.release()
 
 
 def build_rewards(configs: Mapping[str, RewardConfig], pool: RewardPoolConfig | None = None) -> RewardPool:

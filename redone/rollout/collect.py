@@ -7,6 +7,7 @@ rollout.over_sampling it does: the groups that arrive first are taken, and the o
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import math
 import time
@@ -174,18 +175,15 @@ async def _run_prompt(
     if len(completions) != len(seeds):
         raise EngineError(f"the engine returned {len(completions)} completions for {len(seeds)} seeds")
 
-    async def score(completion: Completion) -> Score | None:
-        if completion.finish == "abort" or len(completion.token_ids) == 0:
-            return None
-        if len(completion.logprobs) != len(completion.token_ids):
+    ended = [c.finish != "abort" and len(c.token_ids) > 0 for c in completions]
+    whole = list(itertools.compress(completions, ended))
+    for c in whole:
+        if len(c.logprobs) != len(c.token_ids):
             raise EngineError(
-                f"the engine returned {len(completion.logprobs)} log-probabilities for "
-                f"{len(completion.token_ids)} tokens"
+                f"the engine returned {len(c.logprobs)} log-probabilities for {len(c.token_ids)} tokens"
             )
-        return await rewards.score(prompt, completion)
-
-    scores = await asyncio.gather(*(score(completion) for completion in completions))
-    return list(zip(completions, scores, strict=True))
+    scores = iter(await rewards.score_group(prompt, whole))
+    return [(c, next(scores) if is_ended else None) for c, is_ended in zip(completions, ended, strict=True)]
 
 
 async def _timed(work: Awaitable[T], finished: list[float]) -> T:

@@ -232,8 +232,8 @@ class Rewards:
     def __init__(self) -> None:
         self.texts: list[str] = []
 
-    async def score(self, prompt: Prompt, completion: Completion) -> None:
-        self.texts.append(completion.text)
+    async def score_group(self, prompt: Prompt, completions: Sequence[Completion]) -> None:
+        self.texts += [completion.text for completion in completions]
 
 
 def bench(**changes: Any) -> Bench:

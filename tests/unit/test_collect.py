@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -84,7 +85,10 @@ class FakeRewards:
     def __init__(self, rule):
         self._rule = rule
 
-    async def score(self, prompt: Prompt, completion: Completion) -> Score:
+    async def score_group(self, prompt: Prompt, completions: Sequence[Completion]) -> list[Score]:
+        return [self.score(prompt, completion) for completion in completions]
+
+    def score(self, prompt: Prompt, completion: Completion) -> Score:
         i, sample = (int(x) for x in completion.text.split("/"))
         raw = self._rule(i, sample)
         return raw if isinstance(raw, Score) else Score(raw=raw, value=raw, correct=raw >= 1)

@@ -106,7 +106,10 @@ class Fleet:
 class Exact:
     """raw 1 for a text that ends with the reference; `broken` makes the reward fail; `half` earns 0.5."""
 
-    async def score(self, prompt: Prompt, completion: Completion) -> Score:
+    async def score_group(self, prompt: Prompt, completions: Sequence[Completion]) -> list[Score]:
+        return [self.score(prompt, completion) for completion in completions]
+
+    def score(self, prompt: Prompt, completion: Completion) -> Score:
         if completion.text == "broken":
             return Score(raw=0.0, value=0.0, correct=False, status="timeout")
         right = completion.text.endswith(str(prompt.reference)) and completion.finish == "stop"

@@ -18,7 +18,7 @@ import pytest
 from redone.cluster.health import SUFFIX, Watch, interval
 from redone.cluster.remote import Peer
 from redone.config.schema import ExactReward
-from redone.reward.lane import Job, Lane
+from redone.reward.lane import Group, Job, Lane
 from redone.types import Prompt, Score
 
 PATIENCE_S = 60.0
@@ -102,11 +102,9 @@ def test_a_stopped_reward_worker_is_replaced(caplog: pytest.LogCaptureFixture) -
     )  # fmt: skip
 
     async def score() -> list[Score]:
-        loop = asyncio.get_running_loop()
-        futures = [loop.create_future() for _ in range(3)]
-        for future in futures:
-            lane.submit(Job(("default", prompt, "yes", "stop"), loop, future))
-        return await asyncio.gather(*futures)
+        group = Group(3)
+        lane.submit([Job(("default", prompt, "yes", "stop"), group, i) for i in range(3)])
+        return await group.future
 
     assert {s.status for s in asyncio.run(score())} == {"ok"}
     os.killpg(process._process.pid, signal.SIGSTOP)

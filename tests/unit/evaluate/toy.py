@@ -86,7 +86,10 @@ class ToyFleet:
 class ToyRewards:
     """Scorer: right iff the text is the reference; an answer `broken` cannot be scored."""
 
-    async def score(self, prompt: Prompt, completion: Completion) -> Score:
+    async def score_group(self, prompt: Prompt, completions: Sequence[Completion]) -> list[Score]:
+        return [self.score(prompt, completion) for completion in completions]
+
+    def score(self, prompt: Prompt, completion: Completion) -> Score:
         right = completion.text == prompt.reference
         status = "error" if completion.text == "broken" else "ok"
         return Score(raw=float(right), value=float(right), correct=right, status=status)  # type: ignore[arg-type]

@@ -88,7 +88,10 @@ class Rewards:
     def __init__(self, good: str = "1", broken: Sequence[str] = ()) -> None:
         self.good, self.broken = good, broken
 
-    async def score(self, prompt: Prompt, completion: Completion) -> Score:
+    async def score_group(self, prompt: Prompt, completions: Sequence[Completion]) -> list[Score]:
+        return [self.score(prompt, completion) for completion in completions]
+
+    def score(self, prompt: Prompt, completion: Completion) -> Score:
         if prompt.id in self.broken:
             return Score(raw=0.0, value=0.0, correct=False, status="error", detail="no verdict")
         raw = float(completion.text.endswith(self.good))

@@ -9,6 +9,7 @@ import re
 import socket
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -316,10 +317,11 @@ def test_as_a_reward_of_the_pool() -> None:
 
 def test_the_verifier_is_the_tasks_own_reward() -> None:
     class Rewards:
-        async def score(self, prompt: Prompt, completion: Any) -> Score:
+        async def score_group(self, prompt: Prompt, completions: Sequence[Any]) -> list[Score]:
+            (completion,) = completions
             good = completion.text == "right"
             status = "timeout" if completion.text == "slow" else "ok"
-            return Score(raw=float(good), value=9.0, correct=good, status=status, detail="d")
+            return [Score(raw=float(good), value=9.0, correct=good, status=status, detail="d")]
 
     judge = VerifierJudge(Rewards())
     found = run(judge, items("right", "wrong", "slow"))

@@ -114,6 +114,23 @@ def test_no_more_than_max_pending_are_queued() -> None:
     assert 0 < highest <= 3
 
 
+def test_groups_share_the_room_and_a_larger_one_takes_all_of_it() -> None:
+    pool = build_rewards({"user": CustomReward(path=USER)}, RewardPoolConfig(max_pending=3))
+
+    async def run() -> list[list[Score]]:
+        async def group(size: int) -> list[Score]:
+            return await pool.score_group(prompt("a", "user"), [answer("ab"[i % 2]) for i in range(size)])
+
+        late = asyncio.create_task(group(2))
+        await asyncio.sleep(0)
+        late.cancel()  # its places come back
+        return await asyncio.wait_for(asyncio.gather(*map(group, (2, 5, 0, 2, 3))), 60)
+
+    found = asyncio.run(run())
+    pool.close()
+    assert [[s.raw for s in scores] for scores in found] == [[1, 0], [1, 0, 1, 0, 1], [], [1, 0], [1, 0, 1]]
+
+
 def test_what_cannot_work_is_refused_at_the_start(tmp_path: Path) -> None:
     broken = tmp_path / "broken.py"
     broken.write_text("1 / 0\n")
