@@ -220,7 +220,8 @@ def main() -> None:
     table = {c.name: asdict(facts(compile_case(c))) for c in cases() if not wanted or c.name in wanted}
     text = json.dumps(table, indent=1) + "\n"
     if "--write" in sys.argv:
-        GOLDEN.write_text(text)
+        kept = json.loads(GOLDEN.read_text()) if wanted else {}
+        GOLDEN.write_text(json.dumps(kept | table, indent=1) + "\n")
     sys.stdout.write(text)
 
 

@@ -190,6 +190,31 @@ def test_one_changed_input_runs_exactly_its_dependents(made: Made) -> None:
 
 
 @pytest.mark.unproven
+def test_the_ablation_adds_its_rows_and_keeps_what_is_finished(made: Made) -> None:
+    place, _ = made
+    root = place.root / "stages"
+    optim = "{lr: 2.0e-3, lr_warmup_ratio: 0.1, lr_decay_style: cosine}"
+    test_rows = place.assets / "tiny-pipeline" / "test.jsonl"
+    done = place.redone(
+        "ablate", *args(place, "stages")[1:],
+        "pipeline.nodes.sft_only={kind: sft, data: [sft_set, soft_labels], overrides: {trainer.optim: "
+        f"{optim}, evaluate: {{keep_best: false, every: 0}}}}}}",
+        f"pipeline.nodes.evaluate_sft={{kind: evaluate, model: sft_only, data: ['{test_rows}']}}",
+        "pipeline.ablation={base: evaluate_base, SFT only: evaluate_sft, EL: evaluate_explore,"
+        " EL+TFT: evaluate_target, EL+TFT+RL: evaluate_refine}",
+        timeout_s=400,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    ran = {line.split()[2] for line in done.stdout.splitlines() if " running" in line}
+    assert ran == {"sft_only", "evaluate_sft"}
+    found = json.loads((root / "ablation.json").read_text())
+    assert list(found["macros"]["all"]) == ["base", "SFT only", "EL", "EL+TFT", "EL+TFT+RL"]
+    scores = {row: entry["score"] for row, entry in found["macros"]["all"].items()}
+    assert scores["SFT only"] > scores["base"]
+    assert all(row in done.stdout for row in scores)
+
+
+@pytest.mark.unproven
 def test_an_empty_failure_bucket_skips_the_target_or_stops(made: Made) -> None:
     place, _ = made
     nothing = "pipeline.nodes.diagnose.fail_below=0"
