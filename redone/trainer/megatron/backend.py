@@ -218,6 +218,7 @@ class MegatronTrainer:
     def save(self, path: str) -> None:
         """With checkpoint.asynchronous the states are copied here and written in a thread."""
         optim.settle(self.models)
+        torch.cuda.empty_cache()  # rank 0 gathers the optimizer's states of all replicas
         meta = checkpoint.Meta(updates=self.updates, lr_step=self.lr_step, layout=self._layout())
         self.saver.save(path, self.modules, self.optimizer, meta)
 
@@ -242,8 +243,9 @@ class MegatronTrainer:
         write_folder(self.exporter, self.cfg.model.path, path)
 
     def sleep(self) -> None:
-        """Give device memory to the engines. On CPU both live in host memory and nothing is moved; moving
-        optimizer states off a GPU is not implemented, so trainer and engine must fit together there."""
+        """Give device memory to the engines: what the allocator holds back. Moving optimizer states off a GPU
+        is not implemented, so trainer and engine must fit together there."""
+        torch.cuda.empty_cache()
 
     def wake(self) -> None:
         """Undo `sleep`."""

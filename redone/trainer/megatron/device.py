@@ -9,6 +9,7 @@ thread-local, so every public method of the trainer calls `ensure()` first.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import logging
 import os
@@ -144,13 +145,19 @@ def install() -> None:
     ensure()
 
 
+def _trim_heap() -> None:
+    """glibc keeps what activations of changing sizes leave behind; give it back to the system."""
+    with contextlib.suppress(AttributeError, OSError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def _replace_torch_cuda() -> None:
     cuda: Any = torch.cuda
     stream = _Stream()
     cuda.current_device = lambda: torch.device("cpu")
     cuda.set_device = lambda device: None
     cuda.synchronize = lambda *args, **kwargs: None
-    cuda.empty_cache = lambda: None
+    cuda.empty_cache = _trim_heap
     cuda.Stream, cuda.Event = _Stream, _Event
     cuda.current_stream = cuda.default_stream = lambda *args, **kwargs: stream
     cuda.stream = lambda stream: contextlib.nullcontext()
