@@ -16,10 +16,11 @@ import stat
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from redone.config.schema import SandboxReward
 from redone.errors import ConfigError
@@ -68,9 +69,14 @@ class Interpreter:
 class Jail:
     """Runs programs, each in a sandbox of its own."""
 
-    def __init__(self, config: SandboxReward) -> None:
-        """Raises ConfigError where the isolation that was asked for is not to be had, with the fix."""
+    def __init__(self, config: SandboxReward, *, ahead: bool = False) -> None:
+        """`ahead`: while a program runs, the next one's sandbox starts; it ends with this process.
+
+        Raises ConfigError where the isolation that was asked for is not to be had, with the fix.
+        """
         self._config = config
+        self._ahead = ahead
+        self._spare: subprocess.Popen[bytes] | None = None
         self._isolated = config.isolation == "bubblewrap"
         self._drop = self._isolated and os.geteuid() == 0
         if self._isolated and shutil.which("bwrap") is None:
@@ -98,36 +104,42 @@ class Jail:
             return Verdict(status="done", passed=0, total=total, detail="a NUL character in the program")
         source = program.encode("utf-8", "surrogatepass")
         rest = "\0".join([nonce, " ".join(names), *tests]).encode("utf-8", "surrogatepass")
-        filter_fd = seccomp.descriptor() if self._isolated else None
         try:
-            output, errors, late = self._execute(
-                self._checker + self._header(source, rest) + source + rest, filter_fd
-            )
+            output, errors, late = self._execute(self._checker + self._header(source, rest) + source + rest)
         except OSError as error:
             return Verdict(status="error", passed=0, total=total, detail=f"cannot start: {error}")
-        finally:
-            if filter_fd is not None:
-                os.close(filter_fd)
         return read_verdict(output, errors, late, nonce, total)
 
-    def _execute(self, data: bytes, filter_fd: int | None) -> tuple[bytes, bytes, bool]:
+    def _start(self) -> subprocess.Popen[bytes]:
+        """A sandbox that waits for its input."""
+        command = list(self._command)
+        options: dict[str, Any] = {"user": NOBODY, "group": NOBODY, "extra_groups": []} if self._drop else {}
+        with ExitStack() as stack:
+            if self._isolated:
+                filter_fd = seccomp.descriptor()
+                stack.callback(os.close, filter_fd)
+                command[1:1] = ["--seccomp", str(filter_fd)]
+                options["pass_fds"] = (filter_fd,)
+            return subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                start_new_session=True,
+                env={"PATH": os.environ.get("PATH", os.defpath), "LANG": "C.UTF-8"},
+                cwd="/",
+                **options,
+            )
+
+    def _execute(self, data: bytes) -> tuple[bytes, bytes, bool]:
         """(the checker's output, bubblewrap's errors, whether the wall clock ended it)."""
-        command, descriptors = list(self._command), ()
-        if filter_fd is not None:
-            command[1:1] = ["--seccomp", str(filter_fd)]
-            descriptors = (filter_fd,)  # type: ignore[assignment]
-        identity = {"user": NOBODY, "group": NOBODY, "extra_groups": []} if self._drop else {}
-        with subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            pass_fds=descriptors,
-            start_new_session=True,
-            env={"PATH": os.environ.get("PATH", os.defpath), "LANG": "C.UTF-8"},
-            cwd="/",
-            **identity,  # type: ignore[call-overload]
-        ) as process:
+        spare, self._spare = self._spare, None
+        if spare is not None and spare.poll() is not None:  # somebody ended it
+            spare.communicate()
+            spare = None
+        with spare or self._start() as process:
+            if self._ahead:
+                self._spare = self._start()
             try:
                 output, errors = process.communicate(data, timeout=self._config.wall_s)
                 return output, errors, False
@@ -154,7 +166,7 @@ class Jail:
                 binds += ["--symlink", os.readlink(path), str(path)]
             elif path.is_dir():
                 binds += ["--ro-bind", str(path), str(path)]
-        if not self._python.prefix.startswith("/usr/"):
+        if not f"{self._python.prefix}/".startswith("/usr/"):
             binds += ["--ro-bind", self._python.prefix, self._python.prefix]
         for device in ("null", "zero", "random", "urandom"):
             binds += ["--dev-bind", f"/dev/{device}", f"/dev/{device}"]

@@ -33,10 +33,10 @@ class Sandbox:
     test, or a mapping (or its JSON) with `tests`, and optionally `setup`, `prefix` and `entry_point`. The
     program is the last fenced code block of the response; a response without one earns nothing."""
 
-    def __init__(self, config: SandboxReward) -> None:
-        """Raises ConfigError where the isolation that was asked for does not work."""
+    def __init__(self, config: SandboxReward, *, ahead: bool = False) -> None:
+        """`ahead`: see Jail. Raises ConfigError where the isolation that was asked for does not work."""
         self._config = config
-        self._jail = Jail(config)
+        self._jail = Jail(config, ahead=ahead)
 
     def probe(self) -> None:
         self._jail.probe()

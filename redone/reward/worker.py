@@ -73,7 +73,7 @@ def make_reward(config: RewardConfig) -> RewardFn:
     if isinstance(config, SandboxReward):
         from redone.reward.sandbox import Sandbox
 
-        return Sandbox(config)
+        return Sandbox(config, ahead=True)
     assert isinstance(config, CustomReward)  # a judge is no RewardFn: reward/judge_lane.py
     from redone.reward.custom import Custom
 

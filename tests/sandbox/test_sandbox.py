@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -147,3 +150,44 @@ def test_rlimits_still_limit() -> None:
 def test_an_interpreter_that_nobody_may_read_is_refused() -> None:
     with pytest.raises(ConfigError, match="no interpreter that its unprivileged user may read"):
         jails.find_interpreter(str(Path.home() / "no-such-python"), True)
+
+
+ALONE = """
+import sys, time
+from redone.config.schema import SandboxReward
+from redone.reward.jail import Jail
+jail = Jail(SandboxReward(wall_s=60), ahead=True)
+assert jail.run("def f(): return 1", ["assert f() == 1"]).passed == 1
+print(jail._spare.pid, flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_sandbox_started_ahead_serves_one_program_and_a_dead_one_is_replaced() -> None:
+    jail = Jail(SandboxReward(wall_s=60), ahead=True)
+    program = "import os\ndef fresh():\n    found = os.path.exists('/tmp/x')\n    open('/tmp/x', 'w')\n"
+    program += "    return not found"
+    served = []
+    for _ in range(3):
+        served.append(jail._spare)
+        assert jail.run(program, ["assert fresh()"]).passed == 1
+    assert served[0] is None and all(spare.poll() is not None for spare in served[1:])
+    assert jail._spare is not None and jail._spare.poll() is None
+    jail._spare.kill()
+    jail._spare.wait()
+    assert jail.run(program, ["assert fresh()"]).passed == 1
+    jail._spare.kill()
+    jail._spare.communicate()
+
+
+def test_a_sandbox_started_ahead_ends_with_its_process() -> None:
+    owner = subprocess.Popen([sys.executable, "-c", ALONE], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert owner.stdout is not None
+    spare = Path("/proc") / owner.stdout.readline().decode().strip()
+    assert b"bwrap" in (spare / "cmdline").read_bytes()
+    owner.kill()
+    owner.communicate()
+    deadline = time.monotonic() + 30
+    while spare.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not spare.exists()
