@@ -15,6 +15,8 @@ from tests.engines.plants import plant, planted_cluster
 
 PROMPT = [3, 20, 50, 7]
 
+pytestmark = pytest.mark.slow
+
 
 async def unfinished(engine: Any) -> bool:
     core = engine._core
@@ -49,13 +51,10 @@ def cancel_one_of_two(cluster: RayCluster) -> None:
     assert not plant(peer, unfinished), "the engine still works for the cancelled prompt"
 
 
-@pytest.mark.unproven
 def test_cancelled_prompts_leave_the_engine(cluster: RayCluster) -> None:
     cancel_one_of_two(cluster)
 
 
-@pytest.mark.unproven
-@pytest.mark.slow
 @pytest.mark.usefixtures("alone")
 def test_the_same_with_processes_of_its_own(tmp_path: Path) -> None:
     """AsyncLLM."""
