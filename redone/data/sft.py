@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,8 @@ from redone.data.chat import Chat
 from redone.data.prompts import parse_messages, read_rows
 from redone.errors import DataError
 from redone.types import Batch, IntArray, Message, TrainGroup, Trajectory
+
+LARGEST_GROUP = 64  # conversations that share one beginning
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -129,14 +132,58 @@ def _next_fit(order: Sequence[int], examples: Sequence[Example], limit: int) -> 
         yield current
 
 
-def sft_batch(examples: Sequence[Example]) -> Batch:
-    """The data of one optimizer step: every example a group of its own with one response."""
+def sft_batch(examples: Sequence[Example], share: bool = False) -> Batch:
+    """The data of one optimizer step: every example a group of its own with one response.
+
+    `share`: conversations that begin alike (a system prompt, example turns) form groups, whose prompt is
+    their common beginning: the trainer computes it once. Loss and gradients are the same.
+    """
+    found = share_prefixes([e.prompt_ids for e in examples]) if share else None
+    groups = found or [((i,), len(e.prompt_ids)) for i, e in enumerate(examples)]
     return Batch.of(
         [
-            TrainGroup(prompt_id=e.id, prompt_ids=e.prompt_ids, trajectories=(_trajectory(e),))
-            for e in examples
+            TrainGroup(
+                prompt_id=examples[members[0]].id,
+                prompt_ids=examples[members[0]].prompt_ids[:prefix],
+                trajectories=tuple(_trajectory(examples[i], prefix) for i in members),
+            )
+            for members, prefix in groups
         ]
     )
+
+
+def share_prefixes(prompts: Sequence[IntArray]) -> list[tuple[tuple[int, ...], int]]:
+    """(members, length of their common beginning) of groups that save the most tokens.
+
+    Exact for neighbours in lexicographic order, in which prompts with the same beginning are neighbours.
+    """
+    texts = [p.tolist() for p in prompts]
+    order = sorted(range(len(texts)), key=texts.__getitem__)
+    common = [_common(texts[a], texts[b]) for a, b in pairwise(order)]
+    saved, start = [0], [0]  # of the first n prompts; where the group that ends there begins
+    for n in range(1, len(order) + 1):
+        best, first, shortest = saved[n - 1], n - 1, 0
+        for i in range(n - 2, max(-1, n - 1 - LARGEST_GROUP), -1):
+            shortest = common[i] if i == n - 2 else min(shortest, common[i])
+            if shortest == 0:
+                break
+            if saved[i] + (n - 1 - i) * shortest > best:
+                best, first = saved[i] + (n - 1 - i) * shortest, i
+        saved.append(best)
+        start.append(first)
+    groups = []
+    end = len(order)
+    while end > 0:
+        first = start[end]
+        length = min(common[first : end - 1], default=len(texts[order[first]]))
+        groups.append((tuple(order[first:end]), length))
+        end = first
+    return groups[::-1]
+
+
+def _common(one: list[int], other: list[int]) -> int:
+    length = min(len(one), len(other))
+    return next((n for n in range(length) if one[n] != other[n]), length)
 
 
 def fingerprint(examples: Sequence[Example], sft: SftConfig, seed: int) -> str:
@@ -160,11 +207,13 @@ def _example(key: str, copy: int, task: str, ids: IntArray, mask: NDArray[np.boo
     )
 
 
-def _trajectory(example: Example) -> Trajectory:
-    zeros = np.zeros(len(example.response_ids), np.float32)
+def _trajectory(example: Example, prefix: int) -> Trajectory:
+    """What follows the first `prefix` tokens of the prompt."""
+    rest = example.prompt_ids[prefix:]
+    zeros = np.zeros(len(rest) + len(example.response_ids), np.float32)
     return Trajectory(
-        token_ids=example.response_ids,
-        loss_mask=example.loss_mask,
+        token_ids=np.concatenate([rest, example.response_ids]),
+        loss_mask=np.concatenate([np.zeros(len(rest), np.bool_), example.loss_mask]),
         advantages=zeros,
         engine_logprobs=zeros,
     )

@@ -83,7 +83,7 @@ class SftRun:
         for step in range(self.last_step + 1, last + 1):
             planned = self.steps[step - 1]
             chosen = [self.train[i] for i in planned.examples]
-            batch = sft_batch(chosen)
+            batch = sft_batch(chosen, share=self.cfg.trainer.prefix_sharing)
             with self.trainer.awake(), self.observer.phase("update_actor"):
                 report = self.trainer.update(batch, algorithm, step)
             for example in chosen:

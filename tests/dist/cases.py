@@ -148,6 +148,7 @@ CASES["1"] += [
     ("controls", "controls", _ONE),
     ("replay", "replay", {"kind": "moe", "layout": (1, 1, 1, 1)}),
     ("balanced", "balanced", {"kind": "moe", "layout": (1, 1, 1, 1)}),
+    ("supervised", "sft_sharing", {"kind": "moe", "layout": (1, 1, 1, 1)}),
     ("balanced wrongly", "balanced", {"kind": "moe", "layout": (1, 1, 1, 1), "sabotage": True}),
     (
         "asynchronous checkpoint",

@@ -13,8 +13,9 @@ import torch.distributed as dist
 import worker
 from worker import Layout
 
-from redone.config.schema import AlgorithmConfig
+from redone.config.schema import AlgorithmConfig, SftLoss
 from redone.data.pack import scatter_routes
+from redone.data.sft import Example, sft_batch
 from redone.errors import TrainerError
 from redone.types import Batch
 
@@ -199,6 +200,40 @@ def balanced(kind: str, layout: Layout, sabotage: bool = False, **options: Any) 
     if dist.get_rank() == 0:
         result |= worker.relative_errors(found[0][0], found[1][0])
         result["without"] = worker.relative_errors(found[0][0], data["gradients"])["worst"]
+    return result
+
+
+def sft_sharing(kind: str, layout: Layout) -> dict[str, Any]:
+    """Supervised conversations with common beginnings: computed once against each on its own."""
+    from redone.trainer.megatron import optim
+    from redone.trainer.megatron.step import forward_backward
+
+    rng, found = np.random.default_rng(7), []
+
+    def ids(length: int) -> np.ndarray:
+        return rng.integers(3, 90, length).astype(np.int32)
+
+    starts = [ids(9), ids(6)]
+    examples = [
+        Example(
+            id=str(i), task="t", prompt_ids=np.concatenate([starts[i % 2], ids(2)]), response_ids=ids(4),
+            loss_mask=np.array([True, True, i % 3 > 0, True]),
+        )
+        for i in range(6)
+    ]  # fmt: skip
+    for share in (True, False):
+        trainer = worker.make_trainer(worker.model_folder(kind), layout, budget=64)
+        optim.zero_grad(trainer.models, trainer.optimizer)
+        algorithm = AlgorithmConfig(loss=SftLoss())
+        shard = shard_with(trainer, sft_batch(examples, share))
+        totals = forward_backward(trainer.models, shard, algorithm, 1.0)
+        tokens = sum(len(m.token_ids) for m in shard.microbatches)
+        found.append((totals.loss, worker.full_gradients(trainer), tokens))
+        trainer.close()
+    result: dict[str, Any] = {"loss": found[0][0], "difference": abs(found[0][0] - found[1][0])}
+    result["tokens"] = [tokens for _, _, tokens in found]
+    if dist.get_rank() == 0:
+        result |= worker.relative_errors(found[0][1], found[1][1])
     return result
 
 

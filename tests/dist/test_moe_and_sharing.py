@@ -54,6 +54,13 @@ def test_the_balancing_loss_counts_tokens_by_multiplicity(group: Group, name: st
     assert result["without"] > 100 * GRADIENT  # the loss does move the gradients
 
 
+def test_supervised_conversations_share_what_they_begin_with(world1: Group) -> None:
+    result = world1["supervised"]
+    assert result["tokens"] == [9 + 6 + 6 * 6, 3 * (15 + 12)]
+    assert result["loss"] > 1 and result["difference"] <= 1e-6
+    assert result["worst"] <= GRADIENT, result["name"]
+
+
 def test_without_multiplicity_the_balancing_loss_is_wrong(world1: Group) -> None:
     result = world1["balanced wrongly"]
     assert not result["counts"] and result["worst"] > 100 * GRADIENT

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,6 +12,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from redone.algo.schedule import learning_rate
 from redone.config.check import check_config
@@ -19,7 +22,7 @@ from redone.config.pipeline import SftConfig
 from redone.config.schema import AlgorithmConfig, Config, ModelSection, OptimConfig
 from redone.data.chat import Chat, load_chat
 from redone.data.ledger import Ledger, audit
-from redone.data.sft import Example, batches, load_examples, sft_batch
+from redone.data.sft import Example, batches, load_examples, sft_batch, share_prefixes
 from redone.data.tiny import make_tiny_tokenizer
 from redone.errors import ConfigError, DataError, RunFolderError
 from redone.pipeline.folder import RunFolder
@@ -74,6 +77,44 @@ def test_only_answers_are_trained_on(tmp_path: Path, chat: Chat) -> None:
     trained = two.response_ids[two.loss_mask].tolist()
     assert chat.decode(trained) == "yook" and not two.loss_mask.all()
     assert sft_batch([one, two]).num_loss_tokens == 9  # three answers of two letters and the end of turn
+
+
+def beginning(prompts: list[list[int]]) -> int:
+    """Length of what all of them begin with."""
+    columns = list(zip(*prompts, strict=False))
+    return next((n for n, column in enumerate(columns) if len(set(column)) > 1), len(columns))
+
+
+@settings(deadline=None)
+@given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=7), min_size=1, max_size=9))
+def test_shared_beginnings_are_found_and_nothing_is_lost(prompts: list[list[int]]) -> None:
+    found = share_prefixes([np.array(p, np.int32) for p in prompts])
+    assert sorted(i for members, _ in found for i in members) == list(range(len(prompts)))
+    for members, length in found:
+        assert length >= 1 and len({tuple(prompts[i][:length]) for i in members}) == 1
+        assert all(len(prompts[i]) >= length for i in members)
+    saved = sum((len(members) - 1) * length for members, length in found)
+    ordered = sorted(prompts)
+    best = [0]
+    for n in range(1, len(ordered) + 1):  # every cut of the sorted prompts
+        best.append(max(best[i] + (n - i - 1) * beginning(ordered[i:n]) for i in range(n)))
+    assert saved == best[-1]
+
+
+def test_conversations_with_one_beginning_share_it() -> None:
+    def row(task: int, tweet: int) -> Example:
+        prompt = np.array([1, *[task] * 6, tweet, tweet], np.int32)
+        return dataclasses.replace(example(f"{task}-{tweet}", 1, 2), prompt_ids=prompt)
+
+    rows = [row(5, 20), row(6, 21), row(5, 22), row(6, 23), row(7, 24)]
+    plain, shared = sft_batch(rows), sft_batch(rows, share=True)
+    assert [(len(g.prompt_ids), len(g.trajectories)) for g in shared.groups] == [(7, 2), (7, 2), (9, 1)]
+    assert (shared.num_loss_tokens, shared.num_sequences) == (plain.num_loss_tokens, plain.num_sequences)
+    whole = [
+        [*g.prompt_ids, *t.token_ids, *np.flatnonzero(t.loss_mask)[:1] + len(g.prompt_ids)]
+        for batch in (plain, shared) for g in batch.groups for t in g.trajectories
+    ]  # fmt: skip
+    assert sorted(whole[:5]) == sorted(whole[5:])
 
 
 def _user(text: str) -> Any:
