@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from redone.data.balance import Bin, Cost, Filling, fill, lower_bound, make_units
+from redone.data.balance import Bin, Cost, Filling, fill, make_units
+from redone.data.stock import lower_bound
 
 CAP = 64
 COST = Cost(row=0.1, pair=1e-2)
