@@ -22,6 +22,7 @@ EVEN = 1.01  # max / mean cost of the micro-batches that run together, below whi
 GAIN = 0.005  # share of the mean cost that a move must save
 MOVES = 4  # tries to even out a slot, per rank
 ATTEMPTS = 8  # to fill a number of bins
+MANY = 20_000  # units from which one attempt must do, with more bins instead of others
 STEPS = 500_000  # of search in one attempt, about
 CANDIDATES = 16  # units looked at for a part that fills a gap
 FIRST = (0,)
@@ -134,12 +135,13 @@ class Filling:
         prompt, lengths = self.units.prompt[u], [self.units.lengths[u][k] for k in positions]
         return sum(lengths), sum(self.cost.response(prompt, n) for n in lengths)
 
-    def place(self, first: Mapping[int, int], tight: bool) -> set[int]:
-        """Fill one bin after the other to the mean of what is left; returns the sizes that stood in the way, none
-        when everything has its place.
+    def place(self, first: Mapping[int, int], tight: bool, more: int = 0) -> set[int]:
+        """Fill one bin after the other to the mean of what is left; returns the sizes that stood in the way,
+        none when everything has its place.
 
         A bin begins with the largest unit, but sizes in `first` go before the others, the higher the earlier.
-        Then come units that bring it to the mean. `tight`: up to the budget, the last gap by a part of a unit.
+        Then come units that bring it to the mean. `tight`: up to the budget, the last gap by a part of one.
+        `more`: bins to open whenever there are too few.
         """
         self.stock, self.left = Stock(self.units.tokens), dict[int, tuple[int, ...]]()
         units, steps = self.units, min(500, max(20, STEPS // len(self.units.group)))
@@ -147,10 +149,15 @@ class Filling:
         self.divisible = dict.fromkeys(sorted(several, key=units.prompt.__getitem__))
         order = sorted(first, key=lambda size: (first[size], size))
         hard = set[int]()
-        for m, b in zip(range(len(self.bins), 0, -1), self.bins, strict=True):
-            low = -(-self.stock.total // m)
-            if not 0 < low <= self.cap:
+        at = 0
+        while self.stock.total:
+            if at == len(self.bins):
+                self.bins += [Bin() for _ in range(more)]
+            bins = len(self.bins) - at
+            if not more and self.stock.total > bins * self.cap:
                 break
+            b, low = self.bins[at], min(self.cap, -(-self.stock.total // bins))
+            at += 1
             high = self.cap if tight else min(self.cap, int(EVEN * low))
             while order and order[-1] not in self.stock.units:
                 order.pop()
@@ -202,9 +209,7 @@ class Filling:
             self._put_part(b, found)
         return found is not None
 
-    def _share(
-        self, u: int, positions: Sequence[int], room: int
-    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    def _share(self, u: int, positions: Sequence[int], room: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """(those that fit into `room` beside the prompt, longest first, the others)."""
         lengths = self.units.lengths[u]
         room -= self.units.prompt[u]
@@ -288,14 +293,28 @@ def _fewest_bins(units: Units, dp: int, cap: int, cost: Cost) -> Filling:
 
     An attempt that fails tells which sizes are hard to place; the next one begins with them.
     """
-    whole = max(map(len, units.lengths), default=0) <= 1
-    bins = lower_bound(units.tokens, cap) if whole else -(-sum(units.tokens) // cap)
-    attempts = min(ATTEMPTS, 2 + 20_000 // (1 + len(units.group)))
-    for slots in count(max(1, -(-bins // dp))):
+    least = _least_bins(units, cap)
+    many = len(units.group) > MANY
+    for slots in count(max(1, -(-least // dp))):
+        full = sum(units.tokens) * EVEN > slots * dp * cap
         first = Counter[int]()
-        for attempt in range(attempts):
+        for attempt in range(ATTEMPTS):
+            tight = full or attempt > 0
             filling = Filling(units, slots * dp, cap, cost)
-            if not (hard := filling.place(first, tight=attempt > 0)):
+            hard = filling.place(first, tight, dp if tight and many else 0)
+            if not hard:
                 return filling
-            if attempt: first.update(hard)
+            if tight:
+                first.update(hard)
     raise AssertionError
+
+
+def _least_bins(units: Units, cap: int) -> int:
+    if max(map(len, units.lengths), default=0) <= 1:
+        return lower_bound(units.tokens, cap)
+    again = sum(
+        p * ((n - p - 1) // max(1, cap - p))
+        for p, n in zip(units.prompt, units.tokens, strict=True)
+        if n > cap
+    )
+    return -(-(sum(units.tokens) + again) // cap)

@@ -13,8 +13,8 @@ LARGEST_K = 12  # of the functions that lower_bound tries
 def lower_bound(sizes: Sequence[int], cap: int) -> int:
     """Bins that any packing of indivisible `sizes` needs.
 
-    The best of the dual feasible functions u(k) after U(epsilon) of Fekete and Schepers (Math. Program. 91, 2001)
-    for k <= LARGEST_K and every epsilon; never below the plain quotient nor Martello and Toth's L2.
+    The best of the dual feasible functions u(k) after U(epsilon) of Fekete and Schepers (Math. Program. 91,
+    2001) for k <= LARGEST_K and every epsilon; never below the plain quotient nor Martello and Toth's L2.
     """
     ordered = np.sort(np.asarray(sizes, dtype=np.int64))
     small = np.unique(np.append(ordered[ordered <= cap // 2], 0))  # epsilon: smaller sizes count nothing,
@@ -57,8 +57,8 @@ class Stock:
         return found
 
     def subset(self, low: int, high: int, steps: int) -> list[int]:
-        """Sizes, descending, that add up to something in [low, high]; after `steps` tries without one, those with
-        the largest sum below. Depth first, larger sizes first."""
+        """Sizes, descending, that add up to something in [low, high]; after `steps` tries without one, those
+        with the largest sum below. Depth first, larger sizes first."""
         sizes, units = self.sizes, self.units
         best, found = 0, list[int]()
         total, chosen, used = 0, list[int](), dict[int, int]()  # indices of sizes; how often each
