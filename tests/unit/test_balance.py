@@ -138,10 +138,18 @@ def test_unshared_steps_of_32_micro_batches_use_97_percent_of_the_budget(center:
     assert sizes >= 0.97 * len(slots) * dp * cap
 
 
+@pytest.mark.parametrize("seed", [3, 7])
+def test_hard_sizes_go_first_after_a_failure(seed: int) -> None:
+    """Fourteen prompts: one attempt needs a bin more than the lower bound."""
+    shapes = draw(seed, 14, 5000, 60)
+    units = make_units([p for p, _ in shapes], [r for _, r in shapes], False, Cost())
+    assert len(fill(units, 1, 20_480, Cost())) == lower_bound(units.tokens, 20_480)
+
+
 @pytest.mark.parametrize("sharing", [True, False])
 def test_a_step_of_very_many_samples_opens_more_bins_instead_of_trying_again(sharing, monkeypatch) -> None:
     monkeypatch.setattr(balance, "MANY", 0)
-    monkeypatch.setattr(balance, "EVEN", 2.0)  # no attempt but the last
+    monkeypatch.setattr(balance, "_least_bins", lambda units, cap: 1)
     shapes = draw(3, 60, 5000, 60)
     units = make_units([p for p, _ in shapes], [r for _, r in shapes], sharing, COST)
     slots = fill(units, 4, 20_480, COST)
