@@ -7,19 +7,24 @@ number of micro-batches or an idle rank asks for it, because every further part 
 
 from __future__ import annotations
 
-import heapq
-from bisect import bisect_left, insort
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import count, islice
 from typing import Any
 
 import numpy as np
 
-SHARING_PAYS = 1.1  # predicted cost without / with sharing from which a group shares its prompt
+from redone.data.stock import Stock, lower_bound
+
+SHARING_PAYS = 1.02  # predicted cost without / with sharing from which a group shares its prompt
 EVEN = 1.01  # max / mean cost of the micro-batches that run together, below which nothing is moved
 GAIN = 0.005  # share of the mean cost that a move must save
 MOVES = 4  # tries to even out a slot, per rank
-COMPLETED = 5000  # units up to which bins are completed one by one (quadratic time)
+ATTEMPTS = 8  # to fill a number of bins
+MANY = 20_000  # units from which one attempt must do, with more bins instead of others
+STEPS = 500_000  # of search in one attempt, about
+CANDIDATES = 16  # units looked at for a part that fills a gap
 FIRST = (0,)
 
 
@@ -93,26 +98,6 @@ def make_units(
     return units
 
 
-def lower_bound(sizes: Sequence[int], cap: int) -> int:
-    """Bins that any packing of indivisible `sizes` needs (Martello and Toth's L2)."""
-    ordered = sorted(sizes)
-    sums = [0]
-    for size in ordered:
-        sums.append(sums[-1] + size)
-    half = bisect_left(ordered, cap / 2 + 0.5)  # sizes[half:] are larger than half the cap
-    best = -(-sums[-1] // cap)
-    for i in range(half + 1):
-        small = ordered[i] if i < len(ordered) else cap // 2
-        if small > cap // 2:
-            small = cap // 2
-        alone = bisect_left(ordered, cap - small + 1)  # sizes[alone:] cannot stand beside `small`
-        middle = sums[alone] - sums[half]
-        room = (alone - half) * cap - middle
-        rest = sums[half] - sums[i] - room
-        best = max(best, len(ordered) - half + max(0, -(-rest // cap)))
-    return best
-
-
 class Filling:
     """Bins of one step under construction."""
 
@@ -150,66 +135,81 @@ class Filling:
         prompt, lengths = self.units.prompt[u], [self.units.lengths[u][k] for k in positions]
         return sum(lengths), sum(self.cost.response(prompt, n) for n in lengths)
 
-    def spread(self, order: Sequence[int]) -> bool:
-        """Largest unit first into the emptiest bin; False when one does not fit."""
-        heap = [(0, i) for i in range(len(self.bins))]
-        for u in order:
-            tokens, i = heap[0]
-            size = self.units.tokens[u]
-            if tokens + size > self.cap:
-                return False
-            self.put_whole(self.bins[i], u)
-            heapq.heapreplace(heap, (tokens + size, i))
-        return True
+    def place(self, first: Mapping[int, int], tight: bool, more: int = 0) -> set[int]:
+        """Fill one bin after the other to the mean of what is left; returns the sizes that stood in the way,
+        none when everything has its place.
 
-    def squeeze(self, order: Sequence[int], step: int) -> None:
-        """Largest unit first into the fullest bin with room; a unit without one is split over several.
-
-        Opens `step` more bins whenever nothing fits.
+        A bin begins with the largest unit, but sizes in `first` go before the others, the higher the earlier.
+        Then come units that bring it to the mean. `tight`: up to the budget, the last gap by a part of one.
+        `more`: bins to open whenever there are too few.
         """
-        free = [(self.cap, i) for i in range(len(self.bins))]  # ascending
-        queue = [(-self.units.tokens[u], u, tuple(range(len(self.units.samples[u])))) for u in order]
-        heapq.heapify(queue)
-        while queue:
-            negative, u, positions = heapq.heappop(queue)
-            at = bisect_left(free, (-negative, -1))
-            rest: tuple[int, ...] = ()
-            if at == len(free):
-                at -= 1
-                some, rest = self._share(u, positions, free[at][0])
-                if some:
-                    positions = some
-                else:
-                    free += [(self.cap, len(self.bins) + k) for k in range(step)]
-                    self.bins += [Bin() for _ in range(step)]
-                    heapq.heappush(queue, (negative, u, positions))
-                    continue
-            room, i = free.pop(at)
-            before = self.bins[i].tokens
-            self.put(self.bins[i], u, positions)
-            insort(free, (room - (self.bins[i].tokens - before), i))
-            if rest:
-                heapq.heappush(queue, (-self.units.prompt[u] - self._work(u, rest)[0], u, rest))
+        self.stock, self.left = Stock(self.units.tokens), dict[int, tuple[int, ...]]()
+        units, steps = self.units, min(500, max(20, STEPS // len(self.units.group)))
+        several = (u for u, lengths in enumerate(units.lengths) if len(lengths) > 1)
+        self.divisible = dict.fromkeys(sorted(several, key=units.prompt.__getitem__))
+        order = sorted(first, key=lambda size: (first[size], size))
+        hard = set[int]()
+        at = 0
+        while self.stock.total:
+            if at == len(self.bins):
+                self.bins += [Bin() for _ in range(more)]
+            bins = len(self.bins) - at
+            if not more and self.stock.total > bins * self.cap:
+                break
+            b, low = self.bins[at], min(self.cap, -(-self.stock.total // bins))
+            at += 1
+            high = self.cap if tight else min(self.cap, int(EVEN * low))
+            while order and order[-1] not in self.stock.units:
+                order.pop()
+            size = order[-1] if order else self.stock.sizes[-1]
+            self._put_rest(b, size) if size <= self.cap else self._put_part(b, self.stock.units[size][-1])
+            if b.tokens < low:
+                sizes = self.stock.subset(low - b.tokens, high - b.tokens, steps)
+                for size in sizes:
+                    self._put_rest(b, size)
+                while tight and b.tokens < low and self._fill_gap(b):
+                    pass
+                if b.tokens < low:
+                    hard.update(units.tokens[u] for u in b.parts)
+        return hard.union(self.stock.sizes) if self.stock.total else set()
 
-    def complete(self, order: Sequence[int]) -> bool:
-        """One bin after the other: the largest unit left, then the largest that fit, and for the last places
-        the pair that fills best. False when units are left over."""
-        left = [(self.units.tokens[u], u) for u in reversed(order)]  # ascending
-        for b in self.bins:
-            room = self.cap
-            while left and left[0][0] <= room:
-                at = bisect_left(left, (room + 1, -1)) - 1
-                pair = _best_pair(left, room) if room < min(self.cap, 3 * left[0][0]) else None
-                if pair is not None and left[pair[0]][0] + left[pair[1]][0] > left[at][0]:
-                    at = pair[1]
-                size, u = left.pop(at)
-                self.put_whole(b, u)
-                room -= size
-        return not left
+    def _put_rest(self, b: Bin, size: int) -> None:
+        """What is left of a unit of that size."""
+        u = self.stock.remove(size)
+        self.divisible.pop(u, None)
+        if u in self.left:
+            self.put(b, u, self.left.pop(u))
+        else:
+            self.put_whole(b, u)
 
-    def _share(
-        self, u: int, positions: tuple[int, ...], room: int
-    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    def _put_part(self, b: Bin, u: int) -> None:
+        """As much of a unit as fits; the rest goes back."""
+        prompt, lengths = self.units.prompt[u], self.units.lengths[u]
+        positions = self.left.get(u, range(len(lengths)))
+        some, others = self._share(u, positions, self.cap - b.tokens)
+        self.stock.remove(prompt + sum(lengths[k] for k in positions), u)
+        self.put(b, u, some)
+        if others:
+            self.left[u] = others
+            self.stock.add(prompt + sum(lengths[k] for k in others), u)
+        else:
+            self.divisible.pop(u)
+            self.left.pop(u, None)
+
+    def _fill_gap(self, b: Bin) -> bool:
+        """A part of the unit that fills the gap best; of those with short prompts, for a part repeats it."""
+        best, found = 0, None
+        for u in islice(self.divisible, CANDIDATES):
+            positions = self.left.get(u, range(len(self.units.lengths[u])))
+            some, _ = self._share(u, positions, self.cap - b.tokens)
+            tokens = sum(self.units.lengths[u][k] for k in some)
+            if tokens > best:
+                best, found = tokens, u
+        if found is not None:
+            self._put_part(b, found)
+        return found is not None
+
+    def _share(self, u: int, positions: Sequence[int], room: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """(those that fit into `room` beside the prompt, longest first, the others)."""
         lengths = self.units.lengths[u]
         room -= self.units.prompt[u]
@@ -266,20 +266,6 @@ class Filling:
         return tuple(chosen)
 
 
-def _best_pair(left: Sequence[tuple[int, int]], room: int) -> tuple[int, int] | None:
-    """Indices i < j of the ascending sizes whose sum is largest within `room`."""
-    i, j, best, found = 0, bisect_left(left, (room + 1, -1)) - 1, 0, None
-    while i < j:
-        total = left[i][0] + left[j][0]
-        if total > room:
-            j -= 1
-            continue
-        if total > best:
-            best, found = total, (i, j)
-        i += 1
-    return found
-
-
 def fill(units: Units, dp: int, cap: int, cost: Cost) -> list[list[Bin]]:
     """slots[m][d]: bins of at most `cap` tokens, the fewest slots that the search finds.
 
@@ -303,18 +289,32 @@ def fill(units: Units, dp: int, cap: int, cost: Cost) -> list[list[Bin]]:
 
 
 def _fewest_bins(units: Units, dp: int, cap: int, cost: Cost) -> Filling:
-    """A multiple of dp bins that hold all units; evenly filled ones where that takes no more."""
-    sizes = units.tokens
-    order = sorted(range(len(sizes)), key=lambda u: (-sizes[u], u))
-    slots = max(1, -(-sum(sizes) // (cap * dp)))
-    if (even := Filling(units, slots * dp, cap, cost)).spread(order):
-        return even
-    tight = Filling(units, slots * dp, cap, cost)
-    tight.squeeze(order, dp)
-    if len(tight.bins) > slots * dp and len(units.group) <= COMPLETED:
-        completed = Filling(units, slots * dp, cap, cost)
-        if completed.complete(order):
-            return completed
-    if (even := Filling(units, len(tight.bins), cap, cost)).spread(order):
-        return even
-    return tight
+    """A multiple of dp bins that hold all units; evenly filled ones where that takes no more.
+
+    An attempt that fails tells which sizes are hard to place; the next one begins with them.
+    """
+    least = _least_bins(units, cap)
+    many = len(units.group) > MANY
+    for slots in count(max(1, -(-least // dp))):
+        full = sum(units.tokens) * EVEN > slots * dp * cap
+        first = Counter[int]()
+        for attempt in range(ATTEMPTS):
+            tight = full or attempt > 0
+            filling = Filling(units, slots * dp, cap, cost)
+            hard = filling.place(first, tight, dp if tight and many else 0)
+            if not hard:
+                return filling
+            if tight:
+                first.update(hard)
+    raise AssertionError
+
+
+def _least_bins(units: Units, cap: int) -> int:
+    if max(map(len, units.lengths), default=0) <= 1:
+        return lower_bound(units.tokens, cap)
+    again = sum(
+        p * ((n - p - 1) // max(1, cap - p))
+        for p, n in zip(units.prompt, units.tokens, strict=True)
+        if n > cap
+    )
+    return -(-(sum(units.tokens) + again) // cap)

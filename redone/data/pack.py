@@ -57,9 +57,13 @@ def plan_step(
 def _pieces(units: Units, content: Bin) -> tuple[Piece, ...]:
     """In the order of groups; of equal groups, by sample."""
     return tuple(
-        Piece(group=units.group[u], samples=tuple(units.samples[u][k] for k in sorted(positions)))
-        for u, positions in sorted(content.parts.items())
+        Piece(group=units.group[u], samples=_samples(units.samples[u], part))
+        for u, part in sorted(content.parts.items())
     )
+
+
+def _samples(samples: tuple[int, ...], part: tuple[int, ...]) -> tuple[int, ...]:
+    return samples if len(part) == len(samples) else tuple(samples[k] for k in sorted(part))
 
 
 def token_ratio(batch: Batch, plan: StepPlan) -> float:

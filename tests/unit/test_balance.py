@@ -9,7 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from redone.data.balance import Bin, Cost, Filling, fill, lower_bound, make_units
+from redone.data import balance
+from redone.data.balance import Bin, Cost, Filling, fill, make_units
+from redone.data.stock import Stock, lower_bound
 
 CAP = 64
 COST = Cost(row=0.1, pair=1e-2)
@@ -74,6 +76,23 @@ def fewest(sizes: list[int], bins: list[int]) -> int:
 def test_lower_bound_counts_large_items() -> None:
     assert lower_bound([33] * 7, CAP) == 7
     assert lower_bound([40] * 3 + [30] * 4, CAP) == 5  # 30 does not fit beside 40
+    assert lower_bound([22] * 8, CAP) == 4  # two each, though the sum would fit three bins
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    sizes=st.lists(st.integers(1, 30), min_size=1, max_size=9),
+    high=st.integers(1, 90),
+    slack=st.integers(0, 5),
+)
+def test_a_subset_in_the_window_is_found_if_there_is_one(sizes, high, slack) -> None:
+    sums = {0}
+    for size in sizes:
+        sums |= {s + size for s in sums}
+    reachable = max(s for s in sums if s <= high)
+    found = Stock(sizes).subset(high - slack, high, 10_000)
+    assert not Counter(found) - Counter(sizes) and sum(found) <= high
+    assert sum(found) >= high - slack or sum(found) == reachable < high - slack
 
 
 def draw(seed: int, count: int, center: float, answer: float) -> list[tuple[int, list[int]]]:
@@ -106,6 +125,38 @@ def test_quality_on_the_papers_limits(center: int, answer: int, sharing: bool, d
     assert len(slots) >= 8 and max(ranks) <= 1.05 * sum(ranks) / dp
     waiting = sum(max(b.cost for b in slot) for slot in slots)
     assert waiting <= 1.05 * sum(ranks) / dp
+
+
+@pytest.mark.parametrize(("center", "answer"), [(1500, 40), (5000, 60), (1500, 400), (150, 3000)])
+def test_unshared_steps_of_32_micro_batches_use_97_percent_of_the_budget(center: int, answer: int) -> None:
+    dp, cap, cost, sizes, shapes = 8, 20_480, Cost(row=0.11, pair=1.4e-4), 0, []
+    for p, r in draw(1, 500, center, answer):
+        if sizes < 32.8 * dp * cap:
+            shapes.append((p, r))
+            sizes += 16 * p + sum(r)
+    slots = fill(make_units([p for p, _ in shapes], [r for _, r in shapes], False, cost), dp, cap, cost)
+    assert sizes >= 0.97 * len(slots) * dp * cap
+
+
+@pytest.mark.parametrize("seed", [3, 7])
+def test_hard_sizes_go_first_after_a_failure(seed: int) -> None:
+    """Fourteen prompts: one attempt needs a bin more than the lower bound."""
+    shapes = draw(seed, 14, 5000, 60)
+    units = make_units([p for p, _ in shapes], [r for _, r in shapes], False, Cost())
+    assert len(fill(units, 1, 20_480, Cost())) == lower_bound(units.tokens, 20_480)
+
+
+@pytest.mark.parametrize("sharing", [True, False])
+def test_a_step_of_very_many_samples_opens_more_bins_instead_of_trying_again(sharing, monkeypatch) -> None:
+    monkeypatch.setattr(balance, "MANY", 0)
+    monkeypatch.setattr(balance, "_least_bins", lambda units, cap: 1)
+    shapes = draw(3, 60, 5000, 60)
+    units = make_units([p for p, _ in shapes], [r for _, r in shapes], sharing, COST)
+    slots = fill(units, 4, 20_480, COST)
+    parts = [(u, k) for slot in slots for b in slot for u, positions in b.parts.items() for k in positions]
+    assert sorted(parts) == [(u, k) for u, lengths in enumerate(units.lengths) for k in range(len(lengths))]
+    assert all(b.tokens <= 20_480 for slot in slots for b in slot)
+    assert len(slots) <= -(-sum(units.tokens) // (4 * 20_480)) + 1
 
 
 def test_a_group_is_split_only_where_it_must_be() -> None:
