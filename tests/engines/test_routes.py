@@ -48,7 +48,8 @@ def test_the_choices_differ_from_token_to_token(live: LiveEngine) -> None:
     """Else agreement would mean little."""
     (completion,) = live.process.call("generate", LONG, ROUTED, [5])
     routes = np.sort(completion.routed_experts, -1)
-    assert all(len({tuple(r) for r in routes[:, layer]}) > 3 for layer in range(4))
+    distinct = [len({tuple(row) for row in routes[:, layer].tolist()}) for layer in range(4)]
+    assert min(distinct) > 1 and max(distinct) > 10, distinct
 
 
 @recording
