@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import multiprocessing
+from collections.abc import Awaitable, Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -11,16 +14,22 @@ import pytest
 import torch
 
 from redone.cluster.cluster import RayCluster
+from redone.config.schema import Config
+from redone.data.pack import build_shards, plan_step, scatter_rows
 from redone.data.tiny import Kind, make_tiny_model
 from redone.rollout.build import build_batch
-from redone.types import Batch, FloatArray, Group, Prompt, Rollout, Sampling, Score
-from tests.engines.plants import planted_cluster
+from redone.trainer import build_trainer
+from redone.types import Batch, Completion, FloatArray, Group, Prompt, Rollout, Sampling, Score
+from tests.engines.engine_process import EngineProcess
+from tests.engines.plants import BASE
 from tests.engines.test_layers import with_other_experts
 
+Generate = Callable[[list[int], Sampling, list[int]], Awaitable[list[Completion]]]
 
-def rolled_out(cluster: RayCluster, prompts: int, samples: int, tokens: int, routes: bool = True) -> Batch:
+
+def rolled_out(generate: Generate, cfg: Config, prompts: int, samples: int, sampling: Sampling) -> Batch:
     """What a step would train on."""
-    rng, sampling = np.random.default_rng(5), Sampling(max_tokens=tokens, ignore_eos=True, routes=routes)
+    rng = np.random.default_rng(5)
 
     async def group(index: int) -> Group:
         ids = rng.integers(3, 100, 20 + index).astype(np.int32)
@@ -29,7 +38,7 @@ def rolled_out(cluster: RayCluster, prompts: int, samples: int, tokens: int, rou
             reference=None, reward="default",
         )  # fmt: skip
         seeds = [100 * index + i for i in range(samples)]
-        completions = await cluster.engines().generate(ids.tolist(), sampling, seeds)
+        completions = await generate(ids.tolist(), sampling, seeds)
         scores = [Score(raw=i % 2, value=i % 2, correct=bool(i % 2)) for i in range(samples)]
         rollouts = tuple(
             Rollout(prompt=prompt, completion=c, score=s) for c, s in zip(completions, scores, strict=True)
@@ -39,7 +48,7 @@ def rolled_out(cluster: RayCluster, prompts: int, samples: int, tokens: int, rou
     async def everyone() -> list[Group]:
         return await asyncio.gather(*(group(i) for i in range(prompts)))
 
-    return build_batch(asyncio.run(everyone()), cluster.trainers().cfg)
+    return build_batch(asyncio.run(everyone()), cfg)
 
 
 def differences(batch: Batch, scored: list[list[FloatArray]]) -> FloatArray:
@@ -56,7 +65,8 @@ def differences(batch: Batch, scored: list[list[FloatArray]]) -> FloatArray:
 
 def test_the_trainer_repeats_the_engines_choices(cluster: RayCluster) -> None:
     """fp32, tensor-, sequence- and expert-parallel: the same choices, the same log-probabilities."""
-    trainers, batch = cluster.trainers(), rolled_out(cluster, prompts=3, samples=3, tokens=10)
+    trainers, sampling = cluster.trainers(), Sampling(max_tokens=10, ignore_eos=True, routes=True)
+    batch = rolled_out(cluster.engines().generate, trainers.cfg, 3, 3, sampling)
     assert batch.has_routes
     assert differences(batch, trainers.logprobs(batch, temperature=1.0)).max() <= 1e-5
     scored = trainers.score_old(batch)
@@ -66,28 +76,49 @@ def test_the_trainer_repeats_the_engines_choices(cluster: RayCluster) -> None:
     assert differences(moved, trainers.logprobs(moved, temperature=1.0)).mean() > 1e-3
 
 
-def mismatch(work: Path, kind: Kind, router_fp32: bool = True) -> dict[str, tuple[float, float]]:
-    """(mean, max) of |engine - trainer| in bfloat16, with the engine's choices and without."""
-    model = make_tiny_model(work / "model", kind, dtype=torch.bfloat16)
-    mixture = kind == "qwen3_moe"
-    over = {
-        "model": {"path": str(model), "dtype": "bfloat16"},
-        "trainer": {"moe": {"routing_replay": "engine" if mixture else "auto", "router_fp32": router_fp32}},
-    }
-    with planted_cluster(model, work / "run", over) as cluster:
-        batch = rolled_out(cluster, prompts=16, samples=4, tokens=48, routes=mixture)
-        found = {}
-        for name, one in {"replayed": batch, "free": batch.without_routes()}.items():
-            apart = differences(batch, cluster.trainers().logprobs(one, temperature=1.0))
-            found[name] = (float(apart.mean()), float(apart.max()))
+def scored(cfg: Config, batches: list[Batch], folder: str) -> list[list[list[FloatArray]]]:
+    """One trainer rank's log-probabilities of each batch; to be called in a process of its own."""
+    trainer = build_trainer(cfg, 0, 1, f"file://{folder}/rendezvous")
+    found = []
+    for batch in batches:
+        plan = plan_step(batch, 1, cfg.trainer.max_token_len_per_rank, cfg.trainer.prefix_sharing)
+        rows = trainer.logprobs(build_shards(batch, plan, 1)[0], "actor", 1.0)
+        assert rows is not None
+        found.append(scatter_rows(batch, plan, [rows]))
     return found
 
 
+def mismatch(work: Path, kind: Kind) -> dict[str, tuple[float, float]]:
+    """(mean, largest) |engine - trainer| in bfloat16, with the engine's choices and without."""
+    model, mixture = make_tiny_model(work, kind, dtype=torch.bfloat16), kind == "qwen3_moe"
+    cfg = Config.model_validate(
+        {
+            **BASE,
+            "model": {"path": str(model), "dtype": "bfloat16"},
+            "trainer": {"moe": {"routing_replay": "engine" if mixture else "auto"}},
+        }
+    )
+    with EngineProcess(cfg) as engine:
+        engine.call("start")
+        batch = rolled_out(
+            lambda *args: asyncio.wrap_future(engine.submit("generate", *args)),
+            cfg,
+            prompts=16,
+            samples=4,
+            sampling=Sampling(max_tokens=48, ignore_eos=True, routes=mixture),
+        )
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        runs = process.submit(scored, cfg, [batch, batch.without_routes()], str(work)).result(timeout=400)
+    apart = [differences(batch, run) for run in runs]
+    return {n: (float(a.mean()), float(a.max())) for n, a in zip(("replay", "free"), apart, strict=True)}
+
+
 @pytest.mark.slow
-@pytest.mark.usefixtures("alone")
 def test_in_bf16_replay_brings_the_mixture_to_the_dense_level(tmp_path: Path) -> None:
-    dense, mixture = mismatch(tmp_path / "dense", "qwen3"), mismatch(tmp_path / "moe", "qwen3_moe")
-    print(f"dense {dense['free']}, mixture {mixture}")
-    assert mixture["free"][1] > 2 * dense["free"][1]
-    assert mixture["replayed"][0] <= 1.1 * dense["free"][0]
-    assert mixture["replayed"][1] <= 1.5 * dense["free"][1]
+    dense = mismatch(tmp_path / "dense", "qwen3")["free"]
+    print(f"dense {dense}", flush=True)
+    mixture = mismatch(tmp_path / "moe", "qwen3_moe")
+    print(f"mixture {mixture}", flush=True)
+    assert mixture["free"][1] > 2 * dense[1]
+    assert mixture["replay"][0] <= 1.1 * dense[0]
+    assert mixture["replay"][1] <= 1.5 * dense[1]
