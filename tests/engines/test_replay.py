@@ -114,7 +114,6 @@ def mismatch(work: Path, kind: Kind) -> dict[str, tuple[float, float]]:
     return {n: (float(a.mean()), float(a.max())) for n, a in zip(("replay", "free"), apart, strict=True)}
 
 
-@pytest.mark.unproven
 @pytest.mark.slow
 def test_in_bf16_replay_brings_the_mixture_to_the_dense_level(tmp_path: Path) -> None:
     dense = mismatch(tmp_path / "dense", "qwen3")["free"]
