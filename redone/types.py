@@ -63,6 +63,7 @@ class Sampling:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     lengths: tuple[int, ...] = ()  # one per seed: exactly so many tokens (fixed workloads), with ignore_eos
+    routes: bool = False  # Completion.routed_experts as well; trainer.moe.routing_replay=engine
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -72,7 +73,7 @@ class Completion:
     logprobs: FloatArray  # [R] fp32, engine's, of the distribution sampled from (after temperature, top-p)
     finish: Finish
     versions: tuple[VersionSpan, ...]
-    routed_experts: NDArray[np.int16] | None = None  # [P + R - 1, L, K] expert ids per token and MoE layer
+    routed_experts: RouteArray | None = None  # [P + R - 1, L, K] expert ids; the last token was never routed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -238,6 +238,11 @@ def _engines(cfg: Config) -> Iterator[str]:
             f"rollout.tensor_model_parallel_size={tensor} with rollout.engine.in_process=true; use 1, or "
             "false"
         )
+    if cfg.trainer.moe.routing_replay == "engine" and not isinstance(r.engine, VllmEngine):
+        yield (
+            f"trainer.moe.routing_replay=engine: rollout.engine.type={r.engine.type} returns no expert "
+            "choices; use vllm, or trainer.moe.routing_replay=auto"
+        )
     if c.nodes > 1 and cfg.weights.channel == "shm":
         yield (
             f"cluster.nodes={c.nodes}: weights.channel=shm reaches one node only; use weights.channel=file "
@@ -320,6 +325,8 @@ def _layout(cfg: Config, model_config: Mapping[str, Any] | None) -> Iterator[str
             yield f"model.path={cfg.model.path}: {reason}"
             return
         yield from check_layout(p, world, shape)
+        if cfg.trainer.moe.routing_replay == "engine" and not shape.num_experts:
+            yield "trainer.moe.routing_replay=engine: the model is dense, nothing is routed; use auto"
     elif world % (p.tensor * p.context * p.pipeline):
         context = f" * trainer.parallel.context={p.context}" if p.context > 1 else ""
         yield (

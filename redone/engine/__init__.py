@@ -28,6 +28,8 @@ def engine_env(cfg: Config) -> dict[str, str]:
             # A forked child would inherit this process's threads and event loop in an unknown state.
             "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
         }
+        if cfg.trainer.moe.routing_replay == "engine" and not cpu:
+            env["VLLM_USE_V2_MODEL_RUNNER"] = "1"  # the only one that returns expert choices
     else:
         env |= {
             "SGLANG_USE_CPU_ENGINE": "1" if cpu else "0",

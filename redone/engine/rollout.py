@@ -29,6 +29,11 @@ START_FAILURES = (
 PROBE_TOKENS = 4  # what the canary lets the engine write behind the probe prompt
 
 
+def wants_routes(cfg: Config) -> bool:
+    """Whether completions are to carry the experts that their tokens were sent to (R3)."""
+    return cfg.trainer.moe.routing_replay == "engine"
+
+
 class Core(Protocol):
     """A vendor's engine. `rpc` calls a method on every rank and returns one error text (or None) per rank.
 
@@ -115,6 +120,7 @@ class RolloutEngine:
                 f"{self.name} did not start with model.path={self.cfg.model.path}:\n{cause}"
             ) from error
         self._children.remember()
+        await self._record_routes()
         self._state = UpdateState(self.name, self._folder)
         await self._core.set_version(0)
         self._awake = "all"
@@ -124,6 +130,14 @@ class RolloutEngine:
             "vocab_size": self._folder.vocab_size,
             "seconds": time.monotonic() - began,
         }
+
+    async def _record_routes(self) -> None:
+        """On CUDA the vendor's engine does so by its own argument."""
+        if wants_routes(self.cfg) and not self._cuda:
+            refused = (await self._core.rpc("redone_record_routes"))[0]
+            if refused is not None:
+                await self.close()
+                raise EngineError(f"{self.name}: trainer.moe.routing_replay=engine: {refused}; use auto")
 
     async def close(self) -> None:
         """End the engine and every process behind it; safe to call twice."""
@@ -139,7 +153,8 @@ class RolloutEngine:
         """One request per seed: a completion depends on weights, prompt, sampling and its seed only.
 
         Without sampling.stop_token_ids the model folder's own end tokens stop; with ignore_eos nothing does.
-        Raises EngineError: asleep, poisoned, dead, or prompt and max_tokens exceed the context length.
+        Raises EngineError: asleep, poisoned, dead, prompt and max_tokens exceed the context length, or
+        sampling.routes of an engine that records none.
         """
         self._update.check_usable()
         if self._awake != "all":
@@ -151,6 +166,8 @@ class RolloutEngine:
                 f"fit the context of {self.limit} tokens; raise model.max_model_len or shorten "
                 "data.max_prompt_length / data.max_response_length"
             )
+        if sampling.routes and not wants_routes(self.cfg):
+            raise EngineError(f"{self.name}: expert choices need trainer.moe.routing_replay=engine")
         stops = sampling.stop_token_ids or self._folder.eos_token_ids
         sampling = dataclasses.replace(sampling, stop_token_ids=() if sampling.ignore_eos else stops)
         with self._explain_death():

@@ -16,6 +16,7 @@ import itertools
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence, Set
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,7 +42,8 @@ from redone.config.schema import Config, VllmEngine
 from redone.engine.capture import CaptureExtension
 from redone.engine.loop import LoopThread
 from redone.engine.receiver import Receiver, named_tensors
-from redone.engine.rollout import START_FAILURES, RolloutEngine
+from redone.engine.rollout import START_FAILURES, RolloutEngine, wants_routes
+from redone.engine.routes import MARK, RouteExtension, unpack
 from redone.errors import EngineDied, EngineError
 from redone.types import Completion, Finish, FloatArray, Sampling, TensorMeta, VersionSpan, WeightBucket
 from redone.weights.channel import ShmReader
@@ -52,6 +54,8 @@ CPU_KV_CACHE_MB = 512
 CPU_BLOCK_SIZE = 32
 CPU_BATCHED_TOKENS = 4096
 SEED_MASK = 2**63 - 1  # vLLM reads -1 as "no seed", and torch generators take signed 64-bit integers
+REQUEST_IDS = (f"r{n}" for n in itertools.count())
+Requests = Sequence[tuple[str, SamplingParams]]  # each with its id
 _FINISH: dict[str, Finish] = {"stop": "stop", "length": "length", "abort": "abort"}
 
 
@@ -127,7 +131,7 @@ if BACKEND not in WeightTransferEngineFactory._registry:
     WeightTransferEngineFactory.register_engine(BACKEND, ShmTransferEngine)
 
 
-class WorkerExtension(CaptureExtension):
+class WorkerExtension(CaptureExtension, RouteExtension):
     """Methods that vLLM mixes into its worker class, in every worker process.
 
     They take plain values and return error texts, because exceptions lose their type between processes.
@@ -170,7 +174,10 @@ class VllmCore(ABC):
     logger, logging_variable = "vllm", "VLLM_LOGGING_CONFIG_PATH"
 
     @abstractmethod
-    async def _run(self, prompt: list[int], params: Sequence[SamplingParams]) -> list[RequestOutput]: ...
+    async def _run(self, prompt: list[int], requests: Requests) -> list[RequestOutput]: ...
+
+    @abstractmethod
+    async def rpc(self, method: str, *args: Any) -> list[Any]: ...
 
     async def generate(self, prompt: list[int], sampling: Sampling, seeds: Sequence[int]) -> list[Completion]:
         """One request per seed; completions without text."""
@@ -188,10 +195,25 @@ class VllmCore(ABC):
                 logprobs=0,
                 detokenize=False,
                 output_kind=RequestOutputKind.FINAL_ONLY,
+                extra_args={MARK: True} if sampling.routes else None,
             )
             for seed, limit in zip(seeds, limits, strict=True)
         ]
-        return [_completion(output) for output in await self._guarded(prompt, params)]
+        ids = [next(REQUEST_IDS) for _ in params]
+        running = self._guarded(prompt, list(zip(ids, params, strict=True)))
+        if not sampling.routes:
+            return [_completion(output) for output in await running]
+        try:
+            outputs = await running
+            lengths = [len(prompt) + len(output.outputs[0].token_ids) - 1 for output in outputs]
+            routes = [output.outputs[0].routed_experts for output in outputs]
+            if current_platform.is_cpu():
+                routes = unpack((await self.rpc("redone_take_routes", ids, lengths))[0])
+        except BaseException:
+            with suppress(EngineError):
+                await self.rpc("redone_forget_routes", ids)
+            raise
+        return [_completion(o, r[:n]) for o, r, n in zip(outputs, routes, lengths, strict=True)]
 
     async def score(self, sequence: list[int]) -> FloatArray:
         """[len - 1] fp32; computed from the whole sequence, whatever the prefix cache holds."""
@@ -203,22 +225,22 @@ class VllmCore(ABC):
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
-        (output,) = await self._guarded(sequence, [params])
+        (output,) = await self._guarded(sequence, [(next(REQUEST_IDS), params)])
         assert output.prompt_logprobs is not None
         # The first position has no log-probability: its row is None.
         rows = zip(sequence[1:], output.prompt_logprobs[1:], strict=True)
         return np.asarray([row[t].logprob for t, row in rows if row is not None], np.float32)
 
-    async def _guarded(self, prompt: list[int], params: Sequence[SamplingParams]) -> list[RequestOutput]:
+    async def _guarded(self, prompt: list[int], requests: Requests) -> list[RequestOutput]:
         try:
-            return await self._run(prompt, params)
+            return await self._run(prompt, requests)
         except (VLLMClientError, ValueError) as error:
             raise EngineError(f"vLLM refused a request: {error}") from error
         except (EngineDeadError, EngineGenerateError) as error:
             raise EngineDied(str(error)) from error
 
 
-def _completion(output: RequestOutput) -> Completion:
+def _completion(output: RequestOutput, routes: np.ndarray | None = None) -> Completion:
     choice = output.outputs[0]
     assert choice.logprobs is not None
     ids = list(choice.token_ids)
@@ -230,6 +252,7 @@ def _completion(output: RequestOutput) -> Completion:
         logprobs=np.asarray(logprobs, np.float32),
         finish=_FINISH[choice.finish_reason or "abort"],
         versions=tuple(VersionSpan(version=int(s.version), start=s.start, end=s.end) for s in spans),
+        routed_experts=None if routes is None else routes.astype(np.int16),
     )
 
 
@@ -237,7 +260,6 @@ class AsyncCore(VllmCore):
     """AsyncLLM."""
 
     def __init__(self) -> None:
-        self._ids = itertools.count()
         self._llm: AsyncLLM | None = None
 
     @property
@@ -249,12 +271,12 @@ class AsyncCore(VllmCore):
     async def start(self, args: dict[str, Any]) -> None:
         self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**args, distributed_executor_backend="mp"))
 
-    async def _run(self, prompt: list[int], params: Sequence[SamplingParams]) -> list[RequestOutput]:
-        return await asyncio.gather(*(self._one(prompt, p) for p in params))
+    async def _run(self, prompt: list[int], requests: Requests) -> list[RequestOutput]:
+        return await asyncio.gather(*(self._one(prompt, *request) for request in requests))
 
-    async def _one(self, prompt: list[int], params: SamplingParams) -> RequestOutput:
+    async def _one(self, prompt: list[int], name: str, params: SamplingParams) -> RequestOutput:
         last = None
-        async for output in self.llm.generate(tokens_input(prompt), params, f"r{next(self._ids)}"):
+        async for output in self.llm.generate(tokens_input(prompt), params, name):
             last = output
         assert last is not None
         return last
@@ -294,7 +316,6 @@ class InProcessCore(VllmCore):
 
     def __init__(self) -> None:
         self._loop = LoopThread()
-        self._ids = itertools.count()
 
     async def start(self, args: dict[str, Any]) -> None:
         if os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING") != "0":
@@ -303,9 +324,8 @@ class InProcessCore(VllmCore):
             )
         await self._loop.start(lambda: LLMEngine.from_engine_args(EngineArgs(**args)))
 
-    async def _run(self, prompt: list[int], params: Sequence[SamplingParams]) -> list[RequestOutput]:
-        requests = [(f"r{next(self._ids)}", tokens_input(prompt), p) for p in params]
-        return await self._loop.run(requests)
+    async def _run(self, prompt: list[int], requests: Requests) -> list[RequestOutput]:
+        return await self._loop.run([(name, tokens_input(prompt), params) for name, params in requests])
 
     async def rpc(self, method: str, *args: Any) -> list[Any]:
         return await self._loop.call("collective_rpc", method, args=args)
@@ -362,6 +382,7 @@ def engine_arguments(cfg: Config, limit: int) -> dict[str, Any]:
     if engine.block_size is not None:
         args["block_size"] = engine.block_size
     if cuda:
+        args["enable_return_routed_experts"] = wants_routes(cfg)
         return args | dict(gpu_memory_utilization=cfg.rollout.gpu_memory_utilization, enable_sleep_mode=True)
     args.setdefault("block_size", CPU_BLOCK_SIZE)
     return args | dict(

@@ -72,6 +72,12 @@ def _routes(group: Group, cfg: Config) -> list[RouteArray] | None:
                 " choices: trainer.moe.routing_replay=engine needs an engine that returns them; use trainer"
             )
         return None
+    for f, rollout in zip(present, group.rollouts, strict=True):
+        tokens = len(group.prompt.token_ids) + len(rollout.completion.token_ids) - 1
+        if len(f) != tokens:
+            raise RedoneError(
+                f"{group.prompt.id}: the engine gave expert choices of {len(f)} of {tokens} tokens"
+            )
     return [np.concatenate([f, f[-1:]]).astype(np.int16) for f in present]
 
 

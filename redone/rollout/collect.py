@@ -107,6 +107,7 @@ async def collect_async(
         top_k=cfg.rollout.top_k,
         max_tokens=cfg.data.max_response_length,
         stop_token_ids=stop_token_ids,
+        routes=cfg.trainer.moe.routing_replay == "engine",
     )
     tally = Tally()
     count, informative = wanted, 0

@@ -30,8 +30,9 @@ from tests.engines.engine_process import EngineProcess
 BUCKET_BYTES = 50_000  # small enough that most layers straddle two buckets
 
 
-def engine_config(path: Path, in_process: bool, **rollout: Any) -> Config:
+def engine_config(path: Path, in_process: bool, replay: str = "auto", **rollout: Any) -> Config:
     return Config(
+        trainer={"moe": {"routing_replay": replay}},
         model=ModelSection(path=str(path), dtype="float32"),
         data=DataConfig(train=("unused",), max_prompt_length=128, max_response_length=384),
         rewards={"default": ExactReward()},
@@ -60,6 +61,12 @@ class HeldWeights:
     def logits(self, ids: Sequence[int]) -> torch.Tensor:
         """[len, vocab] fp32"""
         return self.model(torch.tensor([list(ids)])).logits[0].float()
+
+    @torch.no_grad()
+    def routes(self, ids: Sequence[int], choices: int = 2) -> np.ndarray:
+        """[len, layers, choices], each token's in ascending order"""
+        found = self.model(torch.tensor([list(ids)]), output_router_logits=True).router_logits
+        return torch.stack([layer.topk(choices, -1).indices for layer in found], 1).sort(-1)[0].numpy()
 
     def logprobs(
         self, prompt: Sequence[int], response: Sequence[int], temperature: float = 1.0

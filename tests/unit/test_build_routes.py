@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -61,6 +62,15 @@ def test_routes_are_cut_into_prompt_and_responses(replay: str) -> None:
 def test_no_routes_where_they_are_not_complete_or_not_wanted(replay: str, given: tuple[bool, ...]) -> None:
     group = build_batch([make_group(given)], config(replay)).groups[0]
     assert group.prompt_routes is None and all(t.routes is None for t in group.trajectories)
+
+
+def test_routes_of_another_length_are_refused() -> None:
+    group = make_group((True, True))
+    completion = group.rollouts[1].completion
+    short = dataclasses.replace(completion, routed_experts=completion.routed_experts[:-1])
+    cut = (group.rollouts[0], dataclasses.replace(group.rollouts[1], completion=short))
+    with pytest.raises(RedoneError, match=r"p: the engine gave expert choices of 4 of 5 tokens"):
+        build_batch([dataclasses.replace(group, rollouts=cut)], config("engine"))
 
 
 def test_missing_routes_are_refused_where_they_are_required() -> None:

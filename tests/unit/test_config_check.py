@@ -149,6 +149,10 @@ def test_a_legal_configuration_passes_in_silence() -> None:
         ({"trainer__parallel__pipeline": 3, "cluster__gpus_per_node": 3}, "does not divide layers (4)"),
         ({"trainer__parallel__tensor": 2, "cluster__gpus_per_node": 3}, "does not divide the world size 3"),
         ({"trainer__parallel__expert": 2}, "this model is dense"),
+        (
+            {"trainer__moe__routing_replay": "engine"},
+            "trainer.moe.routing_replay=engine: the model is dense, nothing is routed; use auto",
+        ),
     ],
 )
 def test_each_relation(changes: dict[str, Any], message: str) -> None:
@@ -159,6 +163,12 @@ def test_each_relation(changes: dict[str, Any], message: str) -> None:
     assert text.startswith("configuration: ")
     if not text.splitlines()[0].endswith("problems"):
         assert "\n" not in text
+
+
+def test_expert_choices_are_not_asked_of_an_engine_that_has_none() -> None:
+    check_config(config(trainer__moe__routing_replay="engine", trainer__parallel__expert=2), MOE)
+    with pytest.raises(ConfigError, match=r"routing_replay=engine: rollout.engine.type=sglang .* use vllm"):
+        check_config(config(trainer__moe__routing_replay="engine", rollout__engine={"type": "sglang"}), None)
 
 
 @pytest.mark.parametrize(
