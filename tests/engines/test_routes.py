@@ -104,7 +104,6 @@ def test_choices_of_an_engine_that_records_none_are_refused(live: LiveEngine) ->
         live.process.call("generate", LONG, ROUTED, [1])
 
 
-@pytest.mark.unproven
 @pytest.mark.slow
 def test_a_dense_model_is_refused_at_start(tmp_path: Path) -> None:
     cfg = engine_config(make_tiny_model(tmp_path, "qwen3"), True, "engine")
@@ -136,7 +135,6 @@ async def count_resumed(engine: Any) -> int:
     return (await engine._core.rpc(resumed))[0]
 
 
-@pytest.mark.unproven
 @pytest.mark.slow
 def test_chunks_and_preemption(tmp_path: Path) -> None:
     """Greedy, because a chunk rewinds a seeded request's generator, which vLLM on CPU cannot."""
