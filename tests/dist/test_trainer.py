@@ -11,6 +11,7 @@ from cases import (
     LAYOUTS,
     OVERLAPPED,
     REAL,
+    RESHARDED,
     TRAINED,
     checkpoint_ranks,
     marks,
@@ -94,6 +95,20 @@ def test_a_resumed_run_is_the_uninterrupted_run(group: Group, saved: str, loaded
     result = group[f"checkpoint {saved} -> {loaded}"]
     assert result["loss"] <= 1e-5
     assert result["weights"] <= WEIGHT
+
+
+@pytest.mark.parametrize(
+    ("saved", "loaded"), [pytest.param(a, b, id=f"{a} to {b}", marks=marks("2_slow")) for a, b in RESHARDED]
+)
+def test_a_checkpoint_saved_again_at_another_layout_is_the_same(
+    world2_slow: Group, saved: str, loaded: str
+) -> None:
+    """bf16, with fp32 master weights: one optimizer loaded into a chain of two, and the reverse."""
+    result = world2_slow[f"resharded {saved} -> {loaded}"]
+    assert result["optimizers"] == (2 if "EP2" in loaded else 1)
+    assert result["differing"] == [] and result["extra"] == []
+    assert len(result["expert_states"]) >= 6 and min(result["expert_states"].values()) > 0
+    assert result["dtypes"] == ["torch.float32"] and set(result["steps"]) == {2.0}
 
 
 def test_a_checkpoint_before_the_first_step(world1: Group) -> None:
