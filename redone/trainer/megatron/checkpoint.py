@@ -243,10 +243,11 @@ def _as_chained(state: dict[Any, Any], parts: Sequence[Any]) -> dict[Any, Any]:
     has all. Of what was read, tensors (`param_state`) stand where this chain asked for them, everything else
     where the chain that saved had it.
     """
-    saved = [state] if "optimizer" in state else [state[i] for i in sorted(k for k in state if k in (0, 1))]
+    indices = sorted(k for k in state if isinstance(k, int))
+    saved = [state] if "optimizer" in state else [state[i] for i in indices]
     if len(saved) == len(parts):
         return state
-    common = {k: v for k, v in saved[0].items() if k not in (0, 1, "optimizer", "param_state")}
+    common = {k: v for k, v in saved[0].items() if k not in (*indices, "optimizer", "param_state")}
     groups = [group for each in saved for group in each["optimizer"]["param_groups"]]
     chained = {}
     for i, part in enumerate(parts):
