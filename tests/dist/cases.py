@@ -251,7 +251,7 @@ CASES["1"] += [(f"meta {model}", "meta", {"model": model}) for model in REAL]
 
 
 def marks(ranks: str) -> list[pytest.MarkDecorator]:
-    """Of a test on these ranks: "4_long" and "2_slow" run in make test-full, and the groups "_slow" have not
-    been seen to run to their end in one piece."""
-    slow, unproven = "_" in ranks, ranks.endswith("_slow")
+    """Of a test on these ranks: the groups "_long" and "_slow" run in make test-full; "4_slow" has not been seen
+    to run to its end in one piece."""
+    slow, unproven = "_" in ranks, ranks == "4_slow"
     return [pytest.mark.slow] * slow + [pytest.mark.unproven] * unproven
