@@ -9,6 +9,7 @@ from cases import (
     CUTS,
     EXPORTED,
     LAYOUTS,
+    MISSED,
     OVERLAPPED,
     REAL,
     RESHARDED,
@@ -57,7 +58,14 @@ def test_the_cut_of_the_batch_does_not_matter(group: Group, name: str) -> None:
     assert result["worst"] <= GRADIENT, result["name"]
 
 
-@pytest.mark.parametrize(("group", "name"), at({name: name for name in TRAINED}), indirect=["group"])
+STEPS = [
+    pytest.param(rank, name, id=name, marks=marks(rank) + [pytest.mark.unproven] * (name in MISSED))
+    for name in TRAINED
+    for rank in (ranks_of(name),)
+]
+
+
+@pytest.mark.parametrize(("group", "name"), STEPS, indirect=["group"])
 def test_three_steps_equal_adamw(group: Group, name: str) -> None:
     result = group[f"train {name}"]
     assert result["weights"] <= WEIGHT
