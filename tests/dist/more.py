@@ -49,6 +49,37 @@ def replay(kind: str, layout: Layout) -> dict[str, float]:
     }
 
 
+def resharded(kind: str, save_layout: Layout, load_layout: Layout, dtype: str) -> dict[str, Any]:
+    """Two steps, a checkpoint, loaded at another layout and saved there: what differs between the two."""
+    from megatron.core.dist_checkpointing import load_common_state_dict, load_plain_tensors
+
+    batches = worker.load_reference(kind)["batches"][:2]
+    paths = [str(worker.FOLDER / f"resharded-{save_layout[1]}-{i}") for i in range(2)]
+    trainer = worker.make_trainer(worker.model_folder(kind), save_layout, dtype=dtype)
+    for batch in batches:
+        trainer.update(worker.shard_of(trainer, batch)[1], trainer.cfg.algorithm)
+    trainer.save(paths[0])
+    trainer.close()
+    trainer = worker.make_trainer(worker.model_folder(kind), load_layout, dtype=dtype)
+    trainer.load(paths[0])
+    trainer.save(paths[1])
+    trainer.close()
+    first, second = ({k: t for k, t in load_plain_tensors(p).items() if torch.is_tensor(t)} for p in paths)
+    states = [name for name in first if name.startswith("optimizer.state") and "experts" in name]
+    optimizer = load_common_state_dict(paths[1])["optimizer"]
+    parts = [optimizer] if "optimizer" in optimizer else list(optimizer.values())
+    return {
+        "differing": [
+            name for name in first if not torch.equal(first[name], second.get(name, first[name][:0]))
+        ],
+        "extra": sorted(set(second) - set(first)),
+        "expert_states": {name: float(first[name].abs().max()) for name in states},
+        "dtypes": sorted({str(first[name].dtype) for name in states}),
+        "steps": [float(g["step"]) for part in parts for g in part["optimizer"]["param_groups"]],
+        "optimizers": len(parts),
+    }
+
+
 def shard_with(trainer: Any, batch: Batch) -> Any:
     return worker.shard_of(trainer, batch)[1]
 

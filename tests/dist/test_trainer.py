@@ -9,8 +9,10 @@ from cases import (
     CUTS,
     EXPORTED,
     LAYOUTS,
+    MISSED,
     OVERLAPPED,
     REAL,
+    RESHARDED,
     TRAINED,
     checkpoint_ranks,
     marks,
@@ -56,7 +58,14 @@ def test_the_cut_of_the_batch_does_not_matter(group: Group, name: str) -> None:
     assert result["worst"] <= GRADIENT, result["name"]
 
 
-@pytest.mark.parametrize(("group", "name"), at({name: name for name in TRAINED}), indirect=["group"])
+STEPS = [
+    pytest.param(rank, name, id=name, marks=marks(rank) + [pytest.mark.unproven] * (name in MISSED))
+    for name in TRAINED
+    for rank in (ranks_of(name),)
+]
+
+
+@pytest.mark.parametrize(("group", "name"), STEPS, indirect=["group"])
 def test_three_steps_equal_adamw(group: Group, name: str) -> None:
     result = group[f"train {name}"]
     assert result["weights"] <= WEIGHT
@@ -94,6 +103,20 @@ def test_a_resumed_run_is_the_uninterrupted_run(group: Group, saved: str, loaded
     result = group[f"checkpoint {saved} -> {loaded}"]
     assert result["loss"] <= 1e-5
     assert result["weights"] <= WEIGHT
+
+
+@pytest.mark.parametrize(
+    ("saved", "loaded"), [pytest.param(a, b, id=f"{a} to {b}", marks=marks("2_slow")) for a, b in RESHARDED]
+)
+def test_a_checkpoint_saved_again_at_another_layout_is_the_same(
+    world2_slow: Group, saved: str, loaded: str
+) -> None:
+    """bf16, with fp32 master weights: one optimizer loaded into a chain of two, and the reverse."""
+    result = world2_slow[f"resharded {saved} -> {loaded}"]
+    assert result["optimizers"] == (2 if "EP2" in loaded else 1)
+    assert result["differing"] == [] and result["extra"] == []
+    assert len(result["expert_states"]) >= 6 and min(result["expert_states"].values()) > 0
+    assert result["dtypes"] == ["torch.float32"] and set(result["steps"]) == {2.0}
 
 
 def test_a_checkpoint_before_the_first_step(world1: Group) -> None:

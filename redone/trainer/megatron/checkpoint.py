@@ -228,15 +228,37 @@ def _fill_optimizer_state(optimizer: Any) -> None:
 
 def _load_optimizer(optimizer: Any, state: dict[Any, Any]) -> None:
     parts = inner_optimizers(optimizer)
-    if "optimizer" not in state and 0 in state and len(parts) == 1:
-        # Saved as a chain (dense, expert), loaded as one optimizer.
-        state.update(state[0])
-    optimizer.load_state_dict(state)
+    optimizer.load_state_dict(_as_chained(state, parts))
     for part in parts:
         for values in part.optimizer.state.values():
             if "step" in values:
                 # Megatron puts ONE step tensor into all states; AdamW would advance it once per parameter.
                 values["step"] = torch.as_tensor(values["step"]).detach().clone()
+
+
+def _as_chained(state: dict[Any, Any], parts: Sequence[Any]) -> dict[Any, Any]:
+    """`state` as read, in the form that a chain of `parts` loads.
+
+    With expert parallelism Megatron chains two optimizers, of dense and of expert parameters; without it one
+    has all. Of what was read, tensors (`param_state`) stand where this chain asked for them, everything else
+    where the chain that saved had it.
+    """
+    indices = sorted(k for k in state if isinstance(k, int))
+    saved = [state] if "optimizer" in state else [state[i] for i in indices]
+    if len(saved) == len(parts):
+        return state
+    common = {k: v for k, v in saved[0].items() if k not in (*indices, "optimizer", "param_state")}
+    groups = [group for each in saved for group in each["optimizer"]["param_groups"]]
+    chained = {}
+    for i, part in enumerate(parts):
+        # Megatron finds a group by its multipliers and by whether it is of experts, which the layout decides.
+        of_experts = {"is_expert_parallel": part.optimizer.param_groups[0]["is_expert_parallel"]}
+        chained[i] = {
+            **common,
+            "optimizer": {"param_groups": [group | of_experts for group in groups]},
+            "param_state": (state[i] if len(parts) > 1 else state)["param_state"],
+        }
+    return chained if len(parts) > 1 else chained[0]
 
 
 def _rng_state() -> dict[str, Any]:
