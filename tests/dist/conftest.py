@@ -55,7 +55,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _start(models: Path, ranks: str) -> Group:
     from cases import CASES
 
-    return run_cases(int(ranks[0]), CASES[ranks], models / f"world{ranks}", timeout_s=900 if "_" in ranks else 420)
+    return run_cases(
+        int(ranks[0]), CASES[ranks], models / f"world{ranks}", timeout_s=900 if "_" in ranks else 420
+    )
 
 
 def _world(ranks: str) -> Any:
