@@ -63,7 +63,7 @@ def differences(batch: Batch, scored: list[list[FloatArray]]) -> FloatArray:
     )
 
 
-@pytest.mark.unproven
+@pytest.mark.slow
 def test_the_trainer_repeats_the_engines_choices(cluster: RayCluster) -> None:
     """fp32, tensor-, sequence- and expert-parallel: the same choices, the same log-probabilities."""
     trainers, sampling = cluster.trainers(), Sampling(max_tokens=10, ignore_eos=True, routes=True)

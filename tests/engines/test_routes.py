@@ -43,7 +43,6 @@ def test_every_token_and_layer(live: LiveEngine) -> None:
             check(live.held, again, completion)
 
 
-@pytest.mark.unproven
 @recording
 def test_the_choices_differ_from_token_to_token(live: LiveEngine) -> None:
     """Else agreement would mean little."""
@@ -97,7 +96,6 @@ def test_what_is_given_up_or_not_wanted_leaves_nothing(live: LiveEngine) -> None
     assert live.process.submit(give_up).result(timeout=60) == [3, 0, 0]
 
 
-@pytest.mark.unproven
 @pytest.mark.parametrize("live", ["async_dense_tied"], indirect=True)
 def test_choices_of_an_engine_that_records_none_are_refused(live: LiveEngine) -> None:
     with pytest.raises(EngineError, match=r"trainer.moe.routing_replay=engine"):
@@ -151,7 +149,6 @@ def test_chunks_and_preemption(tmp_path: Path) -> None:
         assert process.submit(count_resumed).result(timeout=60) > 0
 
 
-@pytest.mark.unproven
 @pytest.mark.slow
 def test_asyncllm_on_two_tensor_ranks(tmp_path: Path) -> None:
     folder = make_tiny_model(tmp_path, "qwen3_moe", dtype=torch.float32)
