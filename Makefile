@@ -26,12 +26,13 @@ export VLLM_NO_USAGE_STATS ?= 1
 PYTEST = $(PY) -m pytest
 TYPED = redone/types.py redone/api.py redone/errors.py redone/config redone/algo redone/data redone/reward redone/weights
 
-.PHONY: system-packages help install quickstart quickstart-pipeline test test-full test-sglang gpu-check lint lock clean
+.PHONY: system-packages help install quickstart quickstart-pipeline test test-full test-extra test-sglang gpu-check lint lock clean
 
 help:
 	@echo "make quickstart  install, prepare model and data, train SmolLM2 on real tweets (CPU), print the result"
 	@echo "make quickstart-pipeline   the three stages on eight tasks (CPU)"
 	@echo "make test        install, lint, and the test suite          make test-full   the long must-shows (after make test)"
+	@echo "make test-extra  further layouts on two and four ranks (about 20 minutes)"
 	@echo "make gpu-check   kernels on a CUDA device (system python)   make lint        ruff and mypy"
 	@echo "make test-sglang the SGLang adapter against the real SGLang on the CPU, in an environment of its own"
 	@echo "make install     only .venv                                 make clean       remove .venv and caches"
@@ -87,7 +88,10 @@ test: system-packages lint
 	$(PYTEST) -m "not slow and not unproven and not gpu and not sglang"
 
 test-full: system-packages lint
-	$(PYTEST) -m "slow and not unproven and not gpu and not sglang"
+	$(PYTEST) -m "slow and not extra and not unproven and not gpu and not sglang"
+
+test-extra: install
+	$(PYTEST) -m "extra and not unproven"
 
 lint: install
 	$(VENV)/bin/ruff check .

@@ -254,5 +254,5 @@ CASES["1"] += [(f"meta {model}", "meta", {"model": model}) for model in REAL]
 
 
 def marks(ranks: str) -> list[pytest.MarkDecorator]:
-    """Of a test on these ranks: the groups "_long" and "_slow" run in make test-full."""
-    return [pytest.mark.slow] if "_" in ranks else []
+    """Of a test on these ranks: the group "_long" runs in make test-full, "_slow" in make test-extra."""
+    return [pytest.mark.slow] * ("_" in ranks) + [pytest.mark.extra] * ranks.endswith("_slow")
