@@ -117,6 +117,13 @@ class RewardFn(Protocol):
     def score(self, prompt: Prompt, completion: Completion) -> Score: ...
 
 
+class Scorer(Protocol):
+    """The driver's view of all rewards of a run (reward.pool.RewardPool)."""
+
+    async def score_group(self, prompt: Prompt, completions: Sequence[Completion]) -> list[Score]:
+        """In the order of `completions`. Never raises for a bad sample: its Score says status != "ok"."""
+
+
 class TrainerGroup(Protocol):
     """The driver's view of all trainer ranks: plans, cuts, fans out, joins."""
 

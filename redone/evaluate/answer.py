@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from redone.api import EngineFleet
+from redone.api import EngineFleet, Scorer
 from redone.evaluate.items import EvalItem, answer_of
 from redone.evaluate.measures import Measure
 from redone.evaluate.records import Record, RecordWriter
-from redone.evaluate.runner import CONCURRENCY, Scorer, sample_seed
+from redone.evaluate.runner import CONCURRENCY, sample_seed
 from redone.types import Completion, Sampling, Score
 
 Measures = Mapping[str, Mapping[str, Measure]]  # part -> metric -> measure

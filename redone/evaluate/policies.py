@@ -12,10 +12,11 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from redone.api import Scorer
 from redone.evaluate.answer import completion_of, score_answers
 from redone.evaluate.items import EvalItem, render
 from redone.evaluate.measures import Floats, Measure
-from redone.evaluate.runner import Scorer, is_label_set, normalise
+from redone.evaluate.runner import is_label_set, normalise
 from redone.evaluate.suite import Part, runs_code
 
 EMPTY = "empty answer"

@@ -14,21 +14,15 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from redone.algo.stats import wilson_interval
-from redone.api import EngineFleet
+from redone.api import EngineFleet, Scorer
 from redone.config.schema import EvalSampling
 from redone.types import Completion, Prompt, Sampling, Score
 
 CONCURRENCY = 64  # prompts in flight: enough to fill an engine's batch, few enough to bound memory
 MAX_LABELS = 20
-
-
-class Scorer(Protocol):
-    """What evaluation needs of reward.pool.RewardPool."""
-
-    async def score_group(self, prompt: Prompt, completions: Sequence[Completion]) -> list[Score]: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,10 +18,10 @@ from typing import TextIO, TypeVar
 
 import numpy as np
 
-from redone.api import EngineFleet
+from redone.api import EngineFleet, Scorer
 from redone.data.prompts import PromptSet
 from redone.errors import DataError, RedoneError
-from redone.evaluate.runner import Evaluation, Scorer, label_sets, make_item, reference_text, sample_seed
+from redone.evaluate.runner import Evaluation, label_sets, make_item, reference_text, sample_seed
 from redone.types import Completion, Finish, Prompt, Sampling, Score, ScoreStatus
 
 Item = TypeVar("Item")

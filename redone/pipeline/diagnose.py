@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from redone.algo.stats import Z95, answer_entropy, paired_bootstrap
+from redone.api import Scorer
 from redone.config.pipeline import DiagnoseNode
-from redone.evaluate.runner import Scorer, normalise
+from redone.evaluate.runner import normalise
 from redone.pipeline.answers import NO_IDS, NO_LOGPROBS, Answers
 from redone.types import Completion, Prompt
 

@@ -16,7 +16,7 @@ import stat
 import subprocess
 import sys
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -75,7 +75,7 @@ class Jail:
         Raises ConfigError where the isolation that was asked for is not to be had, with the fix.
         """
         self._config = config
-        self._ahead = ahead
+        self._ahead = ahead and config.isolation == "bubblewrap"  # else the running program could reach it
         self._spare: subprocess.Popen[bytes] | None = None
         self._isolated = config.isolation == "bubblewrap"
         self._drop = self._isolated and os.geteuid() == 0
@@ -139,7 +139,8 @@ class Jail:
             spare = None
         with spare or self._start() as process:
             if self._ahead:
-                self._spare = self._start()
+                with suppress(OSError):  # the next program tries again, and says so
+                    self._spare = self._start()
             try:
                 output, errors = process.communicate(data, timeout=self._config.wall_s)
                 return output, errors, False

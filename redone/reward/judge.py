@@ -17,11 +17,12 @@ from dataclasses import dataclass, field
 from statistics import fmean, median
 from typing import Any, Literal, Protocol
 
+from redone.api import Scorer
 from redone.config.schema import JudgeConfig
 from redone.reward.chat import ChatClient, Traffic, UnansweredError, connect, headers, request_body
 from redone.reward.rubric import Rubric
 from redone.reward.verdicts import VerdictFile
-from redone.types import Completion, Prompt, Score
+from redone.types import Completion, Prompt
 
 JudgeStatus = Literal["ok", "unparsed", "error"]
 
@@ -48,12 +49,6 @@ class Judge(Protocol):
 
     def counts(self) -> dict[str, float]:
         """Since the start: ok, unparsed, error, and what else the judge counts."""
-
-
-class Scorer(Protocol):
-    """What a VerifierJudge needs of reward.pool.RewardPool."""
-
-    async def score_group(self, prompt: Prompt, completions: Sequence[Completion]) -> list[Score]: ...
 
 
 class VerifierJudge:

@@ -30,7 +30,7 @@ START_S = 120.0  # a worker imports numpy and pydantic, on a busy machine
 UNPICKLABLE = (pickle.PickleError, TypeError, AttributeError, ValueError)
 
 
-class Group:
+class GroupScores:
     """The scores that one caller waits for. Belongs to that caller's event loop and its thread."""
 
     def __init__(self, size: int) -> None:
@@ -48,7 +48,7 @@ class Group:
 @dataclass(frozen=True, slots=True)
 class Job:
     task: Task
-    group: Group
+    group: GroupScores
     index: int  # within the group
 
 

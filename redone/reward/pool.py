@@ -23,7 +23,7 @@ from redone.config.schema import (
 )
 from redone.reward.jail import START_S as SANDBOX_START_S
 from redone.reward.judge_lane import JudgeLane
-from redone.reward.lane import Group, Job, Lane
+from redone.reward.lane import GroupScores, Job, Lane
 from redone.reward.worker import NO_IDS, make_reward
 from redone.types import Completion, Prompt, Score
 
@@ -42,9 +42,6 @@ class RewardPool:
         self._rooms: WeakKeyDictionary[asyncio.AbstractEventLoop, _Room] = WeakKeyDictionary()
         self._stripped: dict[int, tuple[Prompt, Prompt]] = {}
 
-    async def score(self, prompt: Prompt, completion: Completion) -> Score:
-        return (await self.score_group(prompt, [completion]))[0]
-
     async def score_group(self, prompt: Prompt, completions: Sequence[Completion]) -> list[Score]:
         """In the order of `completions`. Never raises for a bad sample: its Score says status != "ok"."""
         if not completions:
@@ -54,7 +51,7 @@ class RewardPool:
         if room is None:
             room = self._rooms[loop] = _Room(self._max_pending)
         async with room.take(len(completions)):
-            group, key, lean = Group(len(completions)), prompt.reward, self._strip(prompt)
+            group, key, lean = GroupScores(len(completions)), prompt.reward, self._strip(prompt)
             self._lanes[key].submit(
                 [Job((key, lean, c.text, c.finish), group, i) for i, c in enumerate(completions)]
             )

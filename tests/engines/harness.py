@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from redone.config.schema import (
     RolloutConfig,
     VllmEngine,
 )
-from redone.types import Sampling, WeightBucket, WeightPlan
+from redone.types import Completion, Sampling, WeightBucket, WeightPlan
 from redone.weights.channel import ShmWriter
 from redone.weights.digest import bucket_digests
 from redone.weights.plan import make_plan
@@ -125,6 +126,20 @@ class LiveEngine:
         self.process.call("commit", self.version)
         self.process.call("resume")
         self.held = weights
+
+    def push_while_generating(
+        self, prompt: Sequence[int], sampling: Sampling, timeout_s: float = 60
+    ) -> tuple[HeldWeights, HeldWeights, list[Completion]]:
+        """(old weights, new weights, two completions that hold tokens of both)."""
+        old, (new, buckets) = self.held, self.next_weights()
+        running = self.process.submit("generate", prompt, sampling, [1, 2])
+        time.sleep(0.4)
+        self.push(buckets, new)
+        completions = running.result(timeout=timeout_s)
+        for completion in completions:
+            first, second = completion.versions
+            assert (first.version, second.version) == (self.version - 1, self.version)
+        return old, new, completions
 
     def misplan(self) -> WeightPlan:
         return dataclasses.replace(self.plan, hash="0" * 32)

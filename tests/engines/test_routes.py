@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from pathlib import Path
 from typing import Any
 
@@ -54,14 +53,10 @@ def test_the_choices_differ_from_token_to_token(live: LiveEngine) -> None:
 
 @recording
 def test_choices_around_an_update_are_those_of_each_tokens_own_pass(live: LiveEngine) -> None:
-    old, (new, buckets) = live.held, live.next_weights()
-    sampling = Sampling(max_tokens=300, ignore_eos=True, routes=True)
-    running = live.process.submit("generate", LONG, sampling, [1, 2])
-    time.sleep(0.3)
-    live.push(buckets, new)
-    for completion in running.result(timeout=60):
-        first, second = completion.versions
-        assert (first.version, second.version) == (live.version - 1, live.version)
+    sampling = Sampling(max_tokens=400, ignore_eos=True, routes=True)
+    old, new, completions = live.push_while_generating(LONG, sampling)
+    for completion in completions:
+        first = completion.versions[0]
         ids = [*LONG, *completion.token_ids.tolist()][:-1]
         found, cut = np.sort(completion.routed_experts, -1), len(LONG) + first.end - 1
         before, after = old.routes(ids), new.routes(ids)

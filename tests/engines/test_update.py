@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 
 import numpy as np
 import pytest
@@ -37,14 +36,10 @@ def test_updates_are_exact_and_drop_the_prefix_cache(live: LiveEngine) -> None:
 
 
 def test_requests_survive_an_update_with_a_span_per_version(live: LiveEngine) -> None:
-    old, (new, buckets) = live.held, live.next_weights()
     sampling = Sampling(max_tokens=400, ignore_eos=True)
-    running = live.process.submit("generate", LONG, sampling, [1, 2])
-    time.sleep(0.4)
-    live.push(buckets, new)
-    for completion in running.result(timeout=60):
+    old, new, completions = live.push_while_generating(LONG, sampling)
+    for completion in completions:
         first, second = completion.versions
-        assert (first.version, second.version) == (live.version - 1, live.version)
         assert first.start == 0 and first.end == second.start and second.end == 400
         ids = completion.token_ids.tolist()
         diff_old = np.abs(old.logprobs(LONG, ids) - completion.logprobs)[: first.end]

@@ -38,7 +38,7 @@ def completion(text: str, finish: Finish = "stop") -> Completion:
 
 def score(config, text: str, reference: object, finish: Finish = "stop") -> Score:
     pool = build_rewards({"r": config})
-    found = asyncio.run(pool.score(prompt(reference), completion(text, finish)))
+    (found,) = asyncio.run(pool.score_group(prompt(reference), [completion(text, finish)]))
     pool.close()
     return found
 

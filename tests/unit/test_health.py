@@ -18,7 +18,7 @@ import pytest
 from redone.cluster.health import SUFFIX, Watch, interval
 from redone.cluster.remote import Peer
 from redone.config.schema import ExactReward
-from redone.reward.lane import Group, Job, Lane
+from redone.reward.lane import GroupScores, Job, Lane
 from redone.types import Prompt, Score
 
 PATIENCE_S = 60.0
@@ -102,7 +102,7 @@ def test_a_stopped_reward_worker_is_replaced(caplog: pytest.LogCaptureFixture) -
     )  # fmt: skip
 
     async def score() -> list[Score]:
-        group = Group(3)
+        group = GroupScores(3)
         lane.submit([Job(("default", prompt, "yes", "stop"), group, i) for i in range(3)])
         return await group.future
 

@@ -79,7 +79,7 @@ def test_right_answers_earn_their_reward_and_others_do_not(
             finish="stop",
             versions=(),
         )
-        found = await pool.score(prompt, done)
+        (found,) = await pool.score_group(prompt, [done])
         assert found.status == "ok", found
         return found.raw
 

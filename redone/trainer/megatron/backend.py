@@ -243,9 +243,8 @@ class MegatronTrainer:
         write_folder(self.exporter, self.cfg.model.path, path)
 
     def sleep(self) -> None:
-        """Give device memory to the engines: what the allocator holds back. Moving optimizer states off a GPU
-        is not implemented, so trainer and engine must fit together there."""
-        torch.cuda.empty_cache()
+        """Give device memory to the engines. On CPU both live in host memory and nothing is moved; moving
+        optimizer states off a GPU is not implemented, so trainer and engine must fit together there."""
 
     def wake(self) -> None:
         """Undo `sleep`."""

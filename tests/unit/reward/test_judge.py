@@ -300,7 +300,7 @@ def test_as_a_reward_of_the_pool() -> None:
 
         async def score() -> list[Score]:
             texts = [("good", "stop"), ("bad", "stop"), ("odd", "stop"), ("long", "stop"), ("good", "length")]
-            return list(await asyncio.gather(*(pool.score(question(), answer(t, f)) for t, f in texts)))
+            return await pool.score_group(question(), [answer(t, f) for t, f in texts])
 
         found = asyncio.run(score())
         assert [(s.status, s.raw, s.correct) for s in found] == [

@@ -37,7 +37,7 @@ def pool() -> Iterator[RewardPool]:
 
 def score_all(pool: RewardPool, reward: str, texts: list[str], reference: object = "a") -> list[Score]:
     async def run() -> list[Score]:
-        return await asyncio.gather(*(pool.score(prompt(reference, reward), answer(t)) for t in texts))
+        return await pool.score_group(prompt(reference, reward), [answer(t) for t in texts])
 
     return asyncio.run(run())
 
@@ -75,10 +75,10 @@ def test_a_dying_and_a_hanging_reward_lose_only_themselves(pool: RewardPool) -> 
 
 def test_a_slow_reward_delays_only_its_group(pool: RewardPool) -> None:
     async def run() -> tuple[float, str]:
-        slow = asyncio.create_task(pool.score(prompt("a", "user"), answer("hang")))
+        slow = asyncio.create_task(pool.score_group(prompt("a", "user"), [answer("hang")]))
         start = time.monotonic()
-        await asyncio.gather(*(pool.score(prompt("a", "exact"), answer("a")) for _ in range(100)))
-        return time.monotonic() - start, (await slow).status
+        await pool.score_group(prompt("a", "exact"), [answer("a")] * 100)
+        return time.monotonic() - start, (await slow)[0].status
 
     score_all(pool, "exact", ["warm"])
     seconds, status = asyncio.run(run())
@@ -104,7 +104,7 @@ def test_no_more_than_max_pending_are_queued() -> None:
 
     async def run() -> None:
         nonlocal highest
-        tasks = [asyncio.create_task(pool.score(prompt("a", "user"), answer("a"))) for _ in range(50)]
+        tasks = [asyncio.create_task(pool.score_group(prompt("a", "user"), [answer("a")])) for _ in range(50)]
         while not all(task.done() for task in tasks):
             highest = max(highest, len(lane._queue))
             await asyncio.sleep(0)
