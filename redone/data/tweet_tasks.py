@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from redone.data.tweets import EXAMPLES, SYSTEM, Split, Tweet, label_of, split_of
@@ -59,16 +60,20 @@ WORDS = (
 
 
 def task_rows(
-    tweets: Sequence[Tweet], sizes: dict[Split, int], seed: int
+    tweets: Sequence[Tweet],
+    sizes: dict[Split, int],
+    seed: int,
+    special: Mapping[tuple[str, Split], int] = MappingProxyType({}),
 ) -> dict[Split, list[dict[str, Any]]]:
-    """Rows in verl's format, at most sizes[split] of every task."""
+    """Rows in verl's format, at most sizes[split] of every task, or special[task, split]."""
     shuffled = list(tweets)
     random.Random(seed).shuffle(shuffled)
     found: dict[Split, list[dict[str, Any]]] = {split: [] for split in SPLITS}
     for task in PROMPTS:
-        pools = _pools(task, shuffled, sizes, seed)
+        own = {split: special.get((task, split), sizes[split]) for split in SPLITS}
+        pools = _pools(task, shuffled, own, seed)
         for split in SPLITS:
-            chosen = _balanced(pools[split], sizes[split])
+            chosen = _balanced(pools[split], own[split])
             found[split] += [_row(task, split, i, item) for i, item in enumerate(chosen)]
     return found
 
