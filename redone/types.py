@@ -41,6 +41,7 @@ class Prompt:
     reference: Any  # the ground truth as the data holds it
     reward: str  # key of config.rewards
     extra: Mapping[str, Any] = field(default_factory=dict)  # the user's extra_info
+    max_tokens: int | None = None  # longest response of its task; None: data.max_response_length
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,6 +65,10 @@ class Sampling:
     ignore_eos: bool = False
     lengths: tuple[int, ...] = ()  # one per seed: exactly so many tokens (fixed workloads), with ignore_eos
     routes: bool = False  # Completion.routed_experts as well; trainer.moe.routing_replay=engine
+
+    def within(self, limit: int | None) -> Sampling:
+        """The same with at most `limit` tokens (Prompt.max_tokens)."""
+        return dataclasses.replace(self, max_tokens=min(limit or self.max_tokens, self.max_tokens))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

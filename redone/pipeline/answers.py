@@ -123,7 +123,9 @@ async def _answer(
 ) -> list[Answers]:
     async def answer(prompt: Prompt) -> Answers:
         seeds = [sample_seed(seed, prompt.id, i) for i in range(n)]
-        completions = await engines.generate(prompt.token_ids.tolist(), sampling, seeds)
+        completions = await engines.generate(
+            prompt.token_ids.tolist(), sampling.within(prompt.max_tokens), seeds
+        )
         scores = await rewards.score_group(prompt, completions)
         return record(prompt, completions, scores)
 

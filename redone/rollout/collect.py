@@ -170,6 +170,7 @@ async def _run_prompt(
 ) -> Scored:
     """The n completions of one prompt and their scores (None: aborted, not scored)."""
     seeds = [sampling_seed(cfg.run.seed, epoch, prompt.id, index) for index in range(cfg.rollout.n)]
+    sampling = sampling.within(prompt.max_tokens)
     if cfg.rollout.forced_lengths:
         sampling = force_lengths(sampling, cfg.rollout.forced_lengths, seeds)
     completions = await engines.generate(prompt.token_ids.tolist(), sampling, seeds)

@@ -19,12 +19,14 @@ def rollout_metrics(generated: Sequence[Group], kept: Sequence[Group], cfg: Conf
     rollouts = [rollout for group in generated for rollout in group.rollouts]
     if not rollouts:
         return {}
-    limit = cfg.data.max_response_length
     lengths = [len(rollout.completion.token_ids) for rollout in rollouts]
+    limits = [r.prompt.max_tokens or cfg.data.max_response_length for r in rollouts]
     metrics = {
         "reward/mean": _mean([r.score.raw for r in rollouts]),
         "reward/correct": _mean([float(r.score.correct) for r in rollouts]),
-        "response_length/clip_ratio": _mean([float(length >= limit) for length in lengths]),
+        "response_length/clip_ratio": _mean(
+            [float(length >= limit) for length, limit in zip(lengths, limits, strict=True)]
+        ),
         "rollout/stop_share": _mean([float(r.completion.finish == "stop") for r in rollouts]),
         **_spread("response_length", lengths),
         **_spread("prompt_length", [len(group.prompt.token_ids) for group in generated]),

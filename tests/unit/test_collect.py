@@ -122,6 +122,15 @@ def test_forced_lengths_make_every_group_the_same_work():
         assert sampling.ignore_eos and sampling.stop_token_ids == () and sampling.max_tokens == 7
 
 
+def test_a_task_with_shorter_responses_asks_for_fewer_tokens():
+    fleet = FakeFleet()
+    prompts = [dataclasses.replace(prompt(i), max_tokens={0: 3, 1: 20}.get(i)) for i in range(4)]
+    stream = PromptStream(prompts, seed=0, shuffle=False)
+    found = collect(stream, fleet, FakeRewards(mixed), config(), 1, (1,))
+    assert [sampling.max_tokens for _, sampling, _ in sorted(fleet.requests)] == [3, 8, 8, 8]
+    assert found.metrics["response_length/clip_ratio"] == 2 / (4 * N)  # 3 and 4 tokens of a limit of 3
+
+
 def test_the_tail_is_what_the_last_tenth_of_groups_takes():
     assert tail_seconds([]) == tail_seconds([5.0]) == 0.0
     assert tail_seconds([float(i) for i in range(1, 10)] + [30.0]) == 21.0

@@ -97,6 +97,7 @@ def test_a_legal_configuration_passes_in_silence() -> None:
         ),
         ({"weights__canary__length": 121}, "weights.canary.length=121 exceeds the engine's limit 120"),
         ({"evaluate__sampling__max_tokens": 21}, "evaluate.sampling.max_tokens = 121 exceeds"),
+        ({"data__task_max_response_length": {"t": 21}}, "task_max_response_length.t=21 exceeds"),
         ({"algorithm__overlong_buffer": {"enable": True, "len": 21}}, "overlong_buffer.len=21 exceeds"),
         (
             {"algorithm__loss": {"type": "sft"}, "algorithm__kl__coef": 0.1},

@@ -74,6 +74,13 @@ def test_slime_jsonl_loads_unchanged(tmp_path, chat):
     assert (second.reference, second.task, second.reward, second.domain) == (7, "math", "math", "general")
 
 
+def test_a_task_has_its_own_longest_response(tmp_path, chat):
+    rows = [{"prompt": "q", "label": "x", "task": task} for task in ("label", "essay")]
+    file = jsonl(tmp_path / "a.jsonl", *rows)
+    cfg = config(task_max_response_length={"label": 4})
+    assert [p.max_tokens for p in load_prompts([file], cfg, chat).prompts] == [4, None]
+
+
 def test_other_column_names(tmp_path, chat):
     file = jsonl(tmp_path / "a.jsonl", {"question": "what?", "answer": "42"})
     cfg = config(prompt_key="question", label_key="answer")
