@@ -1,4 +1,4 @@
-# make quickstart | test | test-full | gpu-check | lint | install | lock | clean    (see docs/install.md)
+# make quickstart | quickstart-sentiment | test | test-full | gpu-check | lint | install | lock | clean    (see docs/install.md)
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
@@ -26,11 +26,11 @@ export VLLM_NO_USAGE_STATS ?= 1
 PYTEST = $(PY) -m pytest
 TYPED = redone/types.py redone/api.py redone/errors.py redone/config redone/algo redone/data redone/reward redone/weights
 
-.PHONY: system-packages help install quickstart quickstart-pipeline test test-full test-extra test-sglang gpu-check lint lock clean
+.PHONY: system-packages help install quickstart quickstart-sentiment test test-full test-extra test-sglang gpu-check lint lock clean
 
 help:
-	@echo "make quickstart  install, prepare model and data, train SmolLM2 on real tweets (CPU), print the result"
-	@echo "make quickstart-pipeline   the three stages on eight tasks (CPU)"
+	@echo "make quickstart  install, prepare model and data, the three stages on SmolLM2 and eight tasks (CPU)"
+	@echo "make quickstart-sentiment  one RL run instead: the sentiment of real tweets (CPU)"
 	@echo "make test        install, lint, and the test suite          make test-full   the long must-shows (after make test)"
 	@echo "make test-extra  further layouts on two and four ranks (about 20 minutes)"
 	@echo "make gpu-check   kernels on a CUDA device (system python)   make lint        ruff and mypy"
@@ -57,13 +57,14 @@ $(VENV)/.locked: $(LOCK)
 	$(PY) launcher/redone_launcher/warm.py
 	@touch $@
 
-quickstart: install
-	$(VENV)/bin/redone data prepare --dest assets
-	$(VENV)/bin/redone run configs/quickstart/smollm2.yaml
-
-quickstart-pipeline: install system-packages
+quickstart: NO_SLURM = 1
+quickstart: install system-packages
 	$(VENV)/bin/redone data prepare --dest assets
 	$(VENV)/bin/redone run configs/quickstart/pipeline.yaml
+
+quickstart-sentiment: install
+	$(VENV)/bin/redone data prepare --dest assets
+	$(VENV)/bin/redone run configs/quickstart/smollm2.yaml
 
 # Code rewards run in bubblewrap, tests/slurm on a private SLURM; their tests fail without. Debian starts daemons that
 # it installs; the policy file, removed again, keeps it from that.
@@ -71,7 +72,8 @@ POLICY = /usr/sbin/policy-rc.d
 system-packages:
 	@missing=""; \
 	command -v bwrap >/dev/null || missing="bubblewrap"; \
-	command -v sbatch >/dev/null && command -v slurmctld >/dev/null && command -v munged >/dev/null \
+	[ -n "$(NO_SLURM)" ] \
+		|| { command -v sbatch && command -v slurmctld && command -v munged; } >/dev/null \
 		|| missing="$$missing slurm-wlm munge"; \
 	if [ -n "$$missing" ]; then \
 		if [ "$$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then \
