@@ -175,7 +175,6 @@ def test_killed_in_every_stage_equals_the_uninterrupted_pipeline(made: Made) -> 
     assert our_processes(cut) == []
 
 
-@pytest.mark.unproven
 def test_one_changed_input_runs_exactly_its_dependents(made: Made) -> None:
     place, _ = made
     changed = "pipeline.nodes.soft_labels.threshold=0.05"
@@ -189,7 +188,6 @@ def test_one_changed_input_runs_exactly_its_dependents(made: Made) -> None:
     assert " running" not in taken_back.stdout
 
 
-@pytest.mark.unproven
 def test_the_ablation_adds_its_rows_and_keeps_what_is_finished(made: Made) -> None:
     place, _ = made
     root = place.root / "stages"
@@ -214,7 +212,6 @@ def test_the_ablation_adds_its_rows_and_keeps_what_is_finished(made: Made) -> No
     assert all(row in done.stdout for row in scores)
 
 
-@pytest.mark.unproven
 def test_an_empty_failure_bucket_skips_the_target_or_stops(made: Made) -> None:
     place, _ = made
     nothing = "pipeline.nodes.diagnose.fail_below=0"
