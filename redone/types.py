@@ -63,7 +63,7 @@ class Sampling:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     lengths: tuple[int, ...] = ()  # one per seed: exactly so many tokens (fixed workloads), with ignore_eos
-    routes: bool = False  # Completion.routed_experts as well; trainer.moe.routing_replay=engine
+    routes: bool = False  # Completion.routed_experts as well; config.replay.replays_engine
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

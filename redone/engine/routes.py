@@ -188,6 +188,17 @@ class RouteExtension:
                 self._redone_routes.forget(name)
 
 
+def present(routes: Sequence[RouteArray | None]) -> list[RouteArray]:
+    """EngineError when a response came without choices."""
+    found = [r for r in routes if r is not None]
+    if len(found) < len(routes):
+        raise EngineError(
+            f"{len(routes) - len(found)} of {len(routes)} responses carry no expert choices; set "
+            "trainer.moe.routing_replay=trainer"
+        )
+    return found
+
+
 def unpack(answer: Packed | str) -> list[RouteArray]:
     """[tokens, L, K] per request, of what redone_take_routes returned. EngineError when it could not."""
     if isinstance(answer, str):

@@ -38,12 +38,13 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 from vllm.v1.engine.llm_engine import LLMEngine
 
+from redone.config.replay import replays_engine
 from redone.config.schema import Config, VllmEngine
 from redone.engine.capture import CaptureExtension
 from redone.engine.loop import LoopThread
 from redone.engine.receiver import Receiver, named_tensors
-from redone.engine.rollout import START_FAILURES, RolloutEngine, wants_routes
-from redone.engine.routes import MARK, RouteExtension, unpack
+from redone.engine.rollout import START_FAILURES, RolloutEngine
+from redone.engine.routes import MARK, RouteExtension, present, unpack
 from redone.errors import EngineDied, EngineError
 from redone.types import Completion, Finish, FloatArray, Sampling, TensorMeta, VersionSpan, WeightBucket
 from redone.weights.channel import ShmReader
@@ -181,7 +182,6 @@ class VllmCore(ABC):
 
     async def generate(self, prompt: list[int], sampling: Sampling, seeds: Sequence[int]) -> list[Completion]:
         """One request per seed; completions without text."""
-        limits = sampling.lengths or (sampling.max_tokens,) * len(seeds)
         params = [
             SamplingParams(
                 temperature=sampling.temperature,
@@ -197,7 +197,7 @@ class VllmCore(ABC):
                 output_kind=RequestOutputKind.FINAL_ONLY,
                 extra_args={MARK: True} if sampling.routes else None,
             )
-            for seed, limit in zip(seeds, limits, strict=True)
+            for seed, limit in zip(seeds, sampling.lengths or [sampling.max_tokens] * len(seeds), strict=True)
         ]
         ids = [next(REQUEST_IDS) for _ in params]
         running = self._guarded(prompt, list(zip(ids, params, strict=True)))
@@ -206,9 +206,10 @@ class VllmCore(ABC):
         try:
             outputs = await running
             lengths = [len(prompt) + len(output.outputs[0].token_ids) - 1 for output in outputs]
-            routes = [output.outputs[0].routed_experts for output in outputs]
             if current_platform.is_cpu():
                 routes = unpack((await self.rpc("redone_take_routes", ids, lengths))[0])
+            else:
+                routes = present([output.outputs[0].routed_experts for output in outputs])
         except BaseException:
             with suppress(EngineError):
                 await self.rpc("redone_forget_routes", ids)
@@ -382,7 +383,7 @@ def engine_arguments(cfg: Config, limit: int) -> dict[str, Any]:
     if engine.block_size is not None:
         args["block_size"] = engine.block_size
     if cuda:
-        args["enable_return_routed_experts"] = wants_routes(cfg)
+        args["enable_return_routed_experts"] = replays_engine(cfg)
         return args | dict(gpu_memory_utilization=cfg.rollout.gpu_memory_utilization, enable_sleep_mode=True)
     args.setdefault("block_size", CPU_BLOCK_SIZE)
     return args | dict(
