@@ -44,7 +44,7 @@ from redone.engine.capture import CaptureExtension
 from redone.engine.loop import LoopThread
 from redone.engine.receiver import Receiver, named_tensors
 from redone.engine.rollout import START_FAILURES, RolloutEngine
-from redone.engine.routes import MARK, RouteExtension, present, unpack
+from redone.engine.routes import MARK, RouteExtension, add_routes, unpack
 from redone.errors import EngineDied, EngineError
 from redone.types import Completion, Finish, FloatArray, Sampling, TensorMeta, VersionSpan, WeightBucket
 from redone.weights.channel import ShmReader
@@ -182,6 +182,7 @@ class VllmCore(ABC):
 
     async def generate(self, prompt: list[int], sampling: Sampling, seeds: Sequence[int]) -> list[Completion]:
         """One request per seed; completions without text."""
+        limits = sampling.lengths or (sampling.max_tokens,) * len(seeds)
         params = [
             SamplingParams(
                 temperature=sampling.temperature,
@@ -196,8 +197,9 @@ class VllmCore(ABC):
                 detokenize=False,
                 output_kind=RequestOutputKind.FINAL_ONLY,
                 extra_args={MARK: True} if sampling.routes else None,
+                routed_experts_prompt_start=len(prompt) if sampling.routes and i else 0,
             )
-            for seed, limit in zip(seeds, sampling.lengths or [sampling.max_tokens] * len(seeds), strict=True)
+            for i, (seed, limit) in enumerate(zip(seeds, limits, strict=True))
         ]
         ids = [next(REQUEST_IDS) for _ in params]
         running = self._guarded(prompt, list(zip(ids, params, strict=True)))
@@ -205,16 +207,15 @@ class VllmCore(ABC):
             return [_completion(output) for output in await running]
         try:
             outputs = await running
-            lengths = [len(prompt) + len(output.outputs[0].token_ids) - 1 for output in outputs]
+            routes = [output.outputs[0].routed_experts for output in outputs]
             if current_platform.is_cpu():
-                routes = unpack((await self.rpc("redone_take_routes", ids, lengths))[0])
-            else:
-                routes = present([output.outputs[0].routed_experts for output in outputs])
+                lengths = [len(output.outputs[0].token_ids) for output in outputs]
+                routes = unpack((await self.rpc("redone_take_routes", ids, len(prompt), lengths))[0])
         except BaseException:
             with suppress(EngineError):
                 await self.rpc("redone_forget_routes", ids)
             raise
-        return [_completion(o, r[:n]) for o, r, n in zip(outputs, routes, lengths, strict=True)]
+        return add_routes([_completion(output) for output in outputs], routes, len(prompt))
 
     async def score(self, sequence: list[int]) -> FloatArray:
         """[len - 1] fp32; computed from the whole sequence, whatever the prefix cache holds."""
@@ -241,7 +242,7 @@ class VllmCore(ABC):
             raise EngineDied(str(error)) from error
 
 
-def _completion(output: RequestOutput, routes: np.ndarray | None = None) -> Completion:
+def _completion(output: RequestOutput) -> Completion:
     choice = output.outputs[0]
     assert choice.logprobs is not None
     ids = list(choice.token_ids)
@@ -253,7 +254,6 @@ def _completion(output: RequestOutput, routes: np.ndarray | None = None) -> Comp
         logprobs=np.asarray(logprobs, np.float32),
         finish=_FINISH[choice.finish_reason or "abort"],
         versions=tuple(VersionSpan(version=int(s.version), start=s.start, end=s.end) for s in spans),
-        routed_experts=None if routes is None else routes.astype(np.int16),
     )
 
 

@@ -45,38 +45,35 @@ def _train_group(group: Group, cfg: Config, replay: bool) -> TrainGroup:
     return TrainGroup(
         prompt_id=group.prompt.id,
         prompt_ids=group.prompt.token_ids,
-        prompt_routes=None if routes is None else routes[0][: len(group.prompt.token_ids)].copy(),
+        prompt_routes=None if routes is None else group.rollouts[0].completion.prompt_experts,
         trajectories=tuple(
-            _trajectory(
-                rollout,
-                float(advantage),
-                None if routes is None else routes[i][len(group.prompt.token_ids) :].copy(),
-            )
+            _trajectory(rollout, float(advantage), None if routes is None else routes[i])
             for i, (rollout, advantage) in enumerate(zip(group.rollouts, advantages, strict=True))
         ),
     )
 
 
 def _routes(group: Group) -> list[RouteArray]:
-    """[P + R, L, K] expert choices of every rollout (replay R3). The last token was never routed; nothing
+    """[R, L, K] expert choices of every response (replay R3). The last token was never routed; nothing
     depends on its choice: it repeats the one before.
-
-    A shared prompt takes those of the first rollout.
     """
-    found = [r.completion.routed_experts for r in group.rollouts]
-    present = [f for f in found if f is not None]
-    if len(present) < len(found):
-        raise RedoneError(
-            f"{len(found) - len(present)} of {len(found)} responses to {group.prompt.id} carry no expert"
-            " choices, which the trainer is to repeat; set trainer.moe.routing_replay=trainer"
-        )
-    for f, rollout in zip(present, group.rollouts, strict=True):
-        tokens = len(group.prompt.token_ids) + len(rollout.completion.token_ids) - 1
-        if len(f) != tokens:
+    found = []
+    prompt = len(group.prompt.token_ids)
+    for completion in (rollout.completion for rollout in group.rollouts):
+        before, rows = completion.prompt_experts, completion.routed_experts
+        if before is None or rows is None:
             raise RedoneError(
-                f"{group.prompt.id}: the engine gave expert choices of {len(f)} of {tokens} tokens"
+                f"a response to {group.prompt.id} carries no expert choices, which the trainer is to repeat;"
+                " set trainer.moe.routing_replay=trainer"
             )
-    return [np.concatenate([f, f[-1:]]).astype(np.int16) for f in present]
+        length = len(completion.token_ids)
+        if (len(before), len(rows)) != (prompt, length - 1):
+            raise RedoneError(
+                f"{group.prompt.id}: the engine gave expert choices of {len(before) + len(rows)} of"
+                f" {prompt + length - 1} tokens"
+            )
+        found.append(np.concatenate([rows, (rows if length > 1 else before)[-1:]]))
+    return found
 
 
 def _trajectory(rollout: Rollout, advantage: float, routes: RouteArray | None) -> Trajectory:

@@ -13,7 +13,7 @@ def check_megatron() -> None:
     if wanted := os.environ.get("REDONE_MEGATRON"):
         import megatron.core
 
-        found = megatron.core.__version__.split("+")[0]  # its sources add the commit of a repository around them
+        found = megatron.core.__version__.split("+")[0]  # a repository around its sources adds its commit
         assert found == wanted, f"REDONE_MEGATRON={wanted}, but this is {found} of {megatron.core.__file__}"
 
 

@@ -34,7 +34,8 @@ def make_group(with_routes: tuple[bool, ...]) -> Group:
             logprobs=np.zeros(length, np.float32),
             finish="stop",
             versions=(),
-            routed_experts=np.broadcast_to(given, (3 + length - 1, 2, 1)) if routes else None,
+            prompt_experts=np.broadcast_to(given[:3], (3, 2, 1)) if routes else None,
+            routed_experts=np.broadcast_to(given[3:], (length - 1, 2, 1)) if routes else None,
         )
         return Rollout(
             prompt=prompt, completion=completion, score=Score(raw=float(i), value=float(i), correct=bool(i))
@@ -83,7 +84,7 @@ def test_routes_of_another_length_are_refused() -> None:
 
 @pytest.mark.parametrize("replay", ["auto", "engine"])
 def test_missing_routes_are_refused_where_they_are_required(replay: str, mixture: Path) -> None:
-    with pytest.raises(RedoneError, match=r"1 of 2 responses to p .*routing_replay=trainer"):
+    with pytest.raises(RedoneError, match=r"a response to p .*routing_replay=trainer"):
         build_batch([make_group((True, False))], config(replay, mixture))
 
 
