@@ -26,7 +26,8 @@ export VLLM_NO_USAGE_STATS ?= 1
 PYTEST = $(PY) -m pytest
 TYPED = redone/types.py redone/api.py redone/errors.py redone/config redone/algo redone/data redone/reward redone/weights
 
-.PHONY: system-packages help install quickstart quickstart-fast quickstart-sentiment test test-full test-extra test-sglang gpu-check lint lock clean
+.PHONY: system-packages help install quickstart quickstart-fast quickstart-sentiment test test-full test-extra \
+	test-megatron-next test-sglang gpu-check lint lock clean
 
 help:
 	@echo "make quickstart  install, prepare model and data, the three stages on SmolLM2 and eight tasks (CPU)"
@@ -34,6 +35,7 @@ help:
 	@echo "make quickstart-sentiment  one RL run instead: the sentiment of real tweets (CPU)"
 	@echo "make test        install, lint, and the test suite          make test-full   the long must-shows (after make test)"
 	@echo "make test-extra  further layouts on two and four ranks (about 20 minutes)"
+	@echo "make test-megatron-next  the trainer's tests on the sources of megatron-core $(NEXT_MEGATRON)"
 	@echo "make gpu-check   kernels on a CUDA device (system python)   make lint        ruff and mypy"
 	@echo "make test-sglang the SGLang adapter against the real SGLang on the CPU, in an environment of its own"
 	@echo "make install     only .venv                                 make clean       remove .venv and caches"
@@ -99,6 +101,22 @@ test-full: system-packages lint
 
 test-extra: install
 	$(PYTEST) -m "extra and not unproven"
+
+# The trainer's tests on the sources of a newer megatron-core, which stands before the installed one on the ranks'
+# PYTHONPATH. Its wheel is for Python 3.12 because of one compiled helper that nothing here imports.
+NEXT_MEGATRON := 0.19.2
+NEXT_FOLDER := .cache/megatron-core-$(NEXT_MEGATRON)
+
+$(NEXT_FOLDER)/.unpacked: requirements/megatron-next.txt $(VENV)/.locked
+	rm -rf $(NEXT_FOLDER)
+	$(PY) -m pip download --quiet --disable-pip-version-check --no-deps --require-hashes --python-version 3.12 \
+		--only-binary=:all: -r $< -d $(NEXT_FOLDER)/wheel
+	$(PY) -m zipfile -e $(NEXT_FOLDER)/wheel/megatron_core-$(NEXT_MEGATRON)-*.whl $(NEXT_FOLDER)/src
+	@touch $@
+
+test-megatron-next: install $(NEXT_FOLDER)/.unpacked
+	REDONE_MEGATRON=$(NEXT_MEGATRON) PYTHONPATH=$(CURDIR)/$(NEXT_FOLDER)/src:$${PYTHONPATH:-} \
+		$(PYTEST) -m "not slow and not unproven" tests/dist/test_trainer.py tests/dist/test_moe_and_sharing.py
 
 lint: install
 	$(VENV)/bin/ruff check .

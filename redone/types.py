@@ -64,7 +64,7 @@ class Sampling:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     lengths: tuple[int, ...] = ()  # one per seed: exactly so many tokens (fixed workloads), with ignore_eos
-    routes: bool = False  # Completion.routed_experts as well; trainer.moe.routing_replay=engine
+    routes: bool = False  # Completion's expert choices as well; config.replay.replays_engine
 
     def within(self, limit: int | None) -> Sampling:
         """The same with at most `limit` tokens (Prompt.max_tokens)."""
@@ -78,7 +78,8 @@ class Completion:
     logprobs: FloatArray  # [R] fp32, engine's, of the distribution sampled from (after temperature, top-p)
     finish: Finish
     versions: tuple[VersionSpan, ...]
-    routed_experts: RouteArray | None = None  # [P + R - 1, L, K] expert ids; the last token was never routed
+    prompt_experts: RouteArray | None = None  # [P, L, K] expert ids; one array for all that share the prompt
+    routed_experts: RouteArray | None = None  # [R - 1, L, K] of the response; its last token was never routed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -22,6 +22,7 @@ from redone.bench.work import (
     training_batch,
     weight_bytes,
 )
+from redone.config.replay import replays_engine
 from redone.config.schema import Config
 from redone.data.pack import build_shards, plan_step
 from redone.data.stream import PromptStream, sampling_seed
@@ -135,6 +136,7 @@ def rollout(bench: Bench) -> list[Figure]:
         max_tokens=max(lengths),
         lengths=lengths,
         ignore_eos=True,
+        routes=replays_engine(cfg),
     )
 
     async def generate_all(prompts: Sequence[Prompt], step: int) -> None:

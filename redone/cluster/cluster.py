@@ -19,6 +19,7 @@ from redone.cluster.placement import RayHost, Seat, engine_seats, trainer_seats
 from redone.cluster.profile import runtime_env
 from redone.cluster.remote import Peer, join
 from redone.cluster.trainers import RayTrainerGroup
+from redone.config.replay import replays_engine, without_replay
 from redone.config.schema import Config
 from redone.engine import engine_env
 from redone.errors import EngineError, RedoneError, TrainerError
@@ -46,6 +47,7 @@ class RayCluster:
         with_trainers: bool = True,
     ) -> None:
         """status: shows a line to the user. phase: what the run is doing, for messages."""
+        cfg = cfg if with_trainers else without_replay(cfg)
         self.cfg, self.log_dir, self._status = cfg, log_dir, status
         self.with_engines, self.with_trainers = with_engines, with_trainers
         self._fleet: RayEngineFleet | None = None
@@ -221,6 +223,7 @@ def _processes(cfg: Config) -> tuple[object, ...]:
     return (
         cfg.cluster,
         rollout.engine,
+        replays_engine(cfg),
         rollout.replicas,
         rollout.tensor_model_parallel_size,
         rollout.gpu_memory_utilization,

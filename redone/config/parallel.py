@@ -40,6 +40,6 @@ class MoeConfig(Section):
     routing_replay: Literal["auto", "engine", "trainer", "off"] = Field(
         "auto",
         description="Expert choices the trainer repeats. engine (R3): those of the rollout, which vLLM then"
-        " returns; trainer (R2): those of its own old-log-probability pass; auto: engine where completions"
-        " carry choices unasked (none of ours do), else trainer.",
+        " returns; trainer (R2): those of its own old-log-probability pass; auto: engine with vLLM, trainer"
+        " with SGLang.",
     )

@@ -9,6 +9,7 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
+from redone.config.replay import replays_engine
 from redone.config.schema import Config, VllmEngine
 from redone.errors import EngineError
 
@@ -28,7 +29,7 @@ def engine_env(cfg: Config) -> dict[str, str]:
             # A forked child would inherit this process's threads and event loop in an unknown state.
             "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
         }
-        if cfg.trainer.moe.routing_replay == "engine" and not cpu:
+        if not cpu and replays_engine(cfg):
             env["VLLM_USE_V2_MODEL_RUNNER"] = "1"  # the only one that returns expert choices
     else:
         env |= {

@@ -14,6 +14,7 @@ import numpy as np
 from transformers import AutoTokenizer
 
 from redone.api import Awake
+from redone.config.replay import replays_engine
 from redone.config.schema import Config
 from redone.engine.folder import ModelFolder, context_limit
 from redone.engine.process import Children, ErrorLog
@@ -27,11 +28,6 @@ START_FAILURES = (
     RuntimeError, ValueError, OSError, KeyError, TypeError, AttributeError, AssertionError, ImportError,
 )  # fmt: skip
 PROBE_TOKENS = 4  # what the canary lets the engine write behind the probe prompt
-
-
-def wants_routes(cfg: Config) -> bool:
-    """Whether completions are to carry the experts that their tokens were sent to (R3)."""
-    return cfg.trainer.moe.routing_replay == "engine"
 
 
 class Core(Protocol):
@@ -88,6 +84,7 @@ class RolloutEngine:
         self.cfg, self.name = cfg, f"engine {index}"
         self._core, self._arguments = core, arguments
         self._cuda = cfg.cluster.device == "cuda"
+        self._routes = replays_engine(cfg)
         self._awake: Awake | None = None
         self._state: UpdateState | None = None
         self._children = Children()
@@ -133,11 +130,14 @@ class RolloutEngine:
 
     async def _record_routes(self) -> None:
         """On CUDA the vendor's engine does so by its own argument."""
-        if wants_routes(self.cfg) and not self._cuda:
+        if self._routes and not self._cuda:
             refused = (await self._core.rpc("redone_record_routes"))[0]
             if refused is not None:
                 await self.close()
-                raise EngineError(f"{self.name}: trainer.moe.routing_replay=engine: {refused}; use auto")
+                raise EngineError(
+                    f"{self.name}: {refused}, so that the trainer cannot repeat the engine's expert choices;"
+                    " set trainer.moe.routing_replay=trainer"
+                )
 
     async def close(self) -> None:
         """End the engine and every process behind it; safe to call twice."""
@@ -166,8 +166,8 @@ class RolloutEngine:
                 f"fit the context of {self.limit} tokens; raise model.max_model_len or shorten "
                 "data.max_prompt_length / data.max_response_length"
             )
-        if sampling.routes and not wants_routes(self.cfg):
-            raise EngineError(f"{self.name}: expert choices need trainer.moe.routing_replay=engine")
+        if sampling.routes and not self._routes:
+            raise EngineError(f"{self.name} records no expert choices; set trainer.moe.routing_replay=engine")
         stops = sampling.stop_token_ids or self._folder.eos_token_ids
         sampling = dataclasses.replace(sampling, stop_token_ids=() if sampling.ignore_eos else stops)
         with self._explain_death():

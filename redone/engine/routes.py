@@ -7,6 +7,7 @@ cache has its choices too.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from redone.errors import EngineError
-from redone.types import RouteArray
+from redone.types import Completion, RouteArray
 
 MARK = "redone_routes"  # in a request's extra_args: its choices will be asked for
 
@@ -88,12 +89,12 @@ class RouteRecorder:
         blocks = np.asarray(turn.blocks)[tokens // self._block_size]
         return blocks * self._block_size + tokens % self._block_size
 
-    def take(self, request: str, tokens: int) -> RouteArray:
-        """[tokens, L, K] of the first tokens, once. KeyError, ValueError: it has none, or fewer."""
+    def take(self, request: str, start: int, end: int) -> RouteArray:
+        """[end - start, L, K] of these tokens, once. KeyError, ValueError: it has none, or fewer."""
         known = self._known.pop(request)
-        if known.count < tokens:
-            raise ValueError(f"{known.count} of {tokens} tokens were seen")
-        return known.rows[:tokens]
+        if known.count < end:
+            raise ValueError(f"{known.count} of {end} tokens were seen")
+        return known.rows[start:end]
 
     def forget(self, request: str) -> None:
         self._known.pop(request, None)
@@ -171,12 +172,15 @@ class RouteExtension:
         rows = torch.stack(chosen, 1)[: scheduled.total_num_scheduled_tokens]
         self._redone_routes.record(turns, rows.to("cpu", torch.int16).numpy())
 
-    def redone_take_routes(self, names: list[str], tokens: list[int]) -> Packed | str | None:
-        """The choices of the first `tokens` of finished requests, or what went wrong."""
+    def redone_take_routes(self, names: list[str], prompt: int, lengths: list[int]) -> Packed | str | None:
+        """Of finished requests for one prompt, whose tokens come with the first; or what went wrong."""
         if self._redone_routes is None:
             return None if self.rank else "they were not recorded"
         try:
-            rows = [self._redone_routes.take(*one) for one in zip(names, tokens, strict=True)]
+            rows = [
+                self._redone_routes.take(name, prompt if i else 0, prompt + length - 1)
+                for i, (name, length) in enumerate(zip(names, lengths, strict=True))
+            ]
         except (KeyError, ValueError) as error:
             return f"{type(error).__name__}: {error}"
         return rows[0].shape[1], rows[0].shape[2], [r.tobytes() for r in rows]
@@ -188,8 +192,25 @@ class RouteExtension:
                 self._redone_routes.forget(name)
 
 
+def add_routes(
+    completions: Sequence[Completion], routes: Sequence[RouteArray | None], prompt: int
+) -> list[Completion]:
+    """routes: the first [prompt + R - 1, L, K], others [R - 1, L, K], or longer. EngineError: one lacks."""
+    found = [r.astype(np.int16) for r in routes if r is not None]
+    if len(found) < len(completions):
+        raise EngineError(
+            f"{len(completions) - len(found)} of {len(completions)} responses carry no expert choices; set "
+            "trainer.moe.routing_replay=trainer"
+        )
+    of_prompt, found[0] = found[0][:prompt], found[0][prompt:]
+    return [
+        dataclasses.replace(c, prompt_experts=of_prompt, routed_experts=rows[: len(c.token_ids) - 1])
+        for c, rows in zip(completions, found, strict=True)
+    ]
+
+
 def unpack(answer: Packed | str) -> list[RouteArray]:
-    """[tokens, L, K] per request, of what redone_take_routes returned. EngineError when it could not."""
+    """[tokens, L, K] per request, as redone_take_routes cuts them. EngineError when it could not."""
     if isinstance(answer, str):
         raise EngineError(f"the expert choices of a response are missing: {answer}")
     layers, choices, rows = answer

@@ -38,12 +38,13 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 from vllm.v1.engine.llm_engine import LLMEngine
 
+from redone.config.replay import replays_engine
 from redone.config.schema import Config, VllmEngine
 from redone.engine.capture import CaptureExtension
 from redone.engine.loop import LoopThread
 from redone.engine.receiver import Receiver, named_tensors
-from redone.engine.rollout import START_FAILURES, RolloutEngine, wants_routes
-from redone.engine.routes import MARK, RouteExtension, unpack
+from redone.engine.rollout import START_FAILURES, RolloutEngine
+from redone.engine.routes import MARK, RouteExtension, add_routes, unpack
 from redone.errors import EngineDied, EngineError
 from redone.types import Completion, Finish, FloatArray, Sampling, TensorMeta, VersionSpan, WeightBucket
 from redone.weights.channel import ShmReader
@@ -196,8 +197,9 @@ class VllmCore(ABC):
                 detokenize=False,
                 output_kind=RequestOutputKind.FINAL_ONLY,
                 extra_args={MARK: True} if sampling.routes else None,
+                routed_experts_prompt_start=len(prompt) if sampling.routes and i else 0,
             )
-            for seed, limit in zip(seeds, limits, strict=True)
+            for i, (seed, limit) in enumerate(zip(seeds, limits, strict=True))
         ]
         ids = [next(REQUEST_IDS) for _ in params]
         running = self._guarded(prompt, list(zip(ids, params, strict=True)))
@@ -205,15 +207,15 @@ class VllmCore(ABC):
             return [_completion(output) for output in await running]
         try:
             outputs = await running
-            lengths = [len(prompt) + len(output.outputs[0].token_ids) - 1 for output in outputs]
             routes = [output.outputs[0].routed_experts for output in outputs]
             if current_platform.is_cpu():
-                routes = unpack((await self.rpc("redone_take_routes", ids, lengths))[0])
+                lengths = [len(output.outputs[0].token_ids) for output in outputs]
+                routes = unpack((await self.rpc("redone_take_routes", ids, len(prompt), lengths))[0])
         except BaseException:
             with suppress(EngineError):
                 await self.rpc("redone_forget_routes", ids)
             raise
-        return [_completion(o, r[:n]) for o, r, n in zip(outputs, routes, lengths, strict=True)]
+        return add_routes([_completion(output) for output in outputs], routes, len(prompt))
 
     async def score(self, sequence: list[int]) -> FloatArray:
         """[len - 1] fp32; computed from the whole sequence, whatever the prefix cache holds."""
@@ -240,7 +242,7 @@ class VllmCore(ABC):
             raise EngineDied(str(error)) from error
 
 
-def _completion(output: RequestOutput, routes: np.ndarray | None = None) -> Completion:
+def _completion(output: RequestOutput) -> Completion:
     choice = output.outputs[0]
     assert choice.logprobs is not None
     ids = list(choice.token_ids)
@@ -252,7 +254,6 @@ def _completion(output: RequestOutput, routes: np.ndarray | None = None) -> Comp
         logprobs=np.asarray(logprobs, np.float32),
         finish=_FINISH[choice.finish_reason or "abort"],
         versions=tuple(VersionSpan(version=int(s.version), start=s.start, end=s.end) for s in spans),
-        routed_experts=None if routes is None else routes.astype(np.int16),
     )
 
 
@@ -382,7 +383,7 @@ def engine_arguments(cfg: Config, limit: int) -> dict[str, Any]:
     if engine.block_size is not None:
         args["block_size"] = engine.block_size
     if cuda:
-        args["enable_return_routed_experts"] = wants_routes(cfg)
+        args["enable_return_routed_experts"] = replays_engine(cfg)
         return args | dict(gpu_memory_utilization=cfg.rollout.gpu_memory_utilization, enable_sleep_mode=True)
     args.setdefault("block_size", CPU_BLOCK_SIZE)
     return args | dict(

@@ -11,6 +11,7 @@ from redone.planner.memory import RankMemory, TrainerRanks, rank_memory
 from redone.planner.throughput import kv_need, kv_tokens
 
 UNSURE = 0.20  # share by which activations and logits may be wrong on a GPU (notes/planner.md, verdict)
+ROUTE_COPIES = 2  # the batch on the driver, and what it hands to the trainer's ranks
 Colour = Literal["green", "amber", "red"]
 
 
@@ -48,6 +49,7 @@ class Sizes:
     ranks: TrainerRanks
     bucket_bytes: float = 64 * 2**20
     keeps_reference: bool = False  # a copy of the weights for the KL term, in host memory
+    replays_routes: bool = False  # expert choices travel with the batch
     host_memory: float = 0.0  # bytes per node; 0: as the GPU's table says
 
 
@@ -128,6 +130,8 @@ def host_memory(job: Job, sizes: Sizes, c: Constants = DEFAULT) -> PhaseMemory:
     ]
     if sizes.keeps_reference:
         parts.append(("reference policy", float(ranks.bytes_per_value * local * per_node)))
+    if sizes.replays_routes and job.model.moe_layers:
+        parts.append(("expert choices of a step", ROUTE_COPIES * _route_bytes(job)))
     shard = 12.0 * job.model.total / nodes
     if lay.cpu_optimizer:
         parts += [("optimizer", shard), ("gradients for it", 4.0 * job.model.total / nodes)]
@@ -141,6 +145,13 @@ def host_memory(job: Job, sizes: Sizes, c: Constants = DEFAULT) -> PhaseMemory:
         parts=tuple(parts),
         limit=sizes.host_memory or lay.gpu.host_memory,
     )
+
+
+def _route_bytes(job: Job) -> float:
+    """int16 for every token, layer and choice; a prompt's once for its samples."""
+    work = job.work
+    tokens = work.prompts * work.prompt_tokens + work.sequences * sum(work.lengths) / len(work.lengths)
+    return 2.0 * tokens * job.model.moe_layers * job.model.top_k
 
 
 def published_host(

@@ -174,6 +174,7 @@ def _sizes(cfg: Config, shape: ModelShape, options: Options, job: Job) -> Sizes:
         ranks=ranks,
         bucket_bytes=float(cfg.weights.bucket_bytes),
         keeps_reference=cfg.algorithm.kl.coef > 0,
+        replays_routes=cfg.trainer.moe.routing_replay != "off",
         host_memory=options.host_memory or 0.0,
     )
 

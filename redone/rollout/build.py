@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from redone.algo.advantage import group_advantages, overlong_penalty
+from redone.config.replay import replays_engine
 from redone.config.schema import Config
 from redone.errors import RedoneError
 from redone.types import Batch, Group, Rollout, RouteArray, TrainGroup, Trajectory
@@ -26,7 +27,8 @@ def build_batch(groups: Sequence[Group], cfg: Config) -> Batch:
             "reward. Remedy: look at the rollouts; raise rollout.n or "
             "algorithm.filter_groups.max_num_gen_batches, or choose tasks that the model sometimes solves"
         )
-    return Batch.of([_train_group(group, cfg) for group in kept])
+    replay = replays_engine(cfg)
+    return Batch.of([_train_group(group, cfg, replay) for group in kept])
 
 
 def shaped_value(rollout: Rollout, cfg: Config) -> float:
@@ -36,49 +38,42 @@ def shaped_value(rollout: Rollout, cfg: Config) -> float:
     return rollout.score.value + penalty
 
 
-def _train_group(group: Group, cfg: Config) -> TrainGroup:
+def _train_group(group: Group, cfg: Config, replay: bool) -> TrainGroup:
     values = [shaped_value(rollout, cfg) for rollout in group.rollouts]
     advantages = group_advantages(values, cfg.algorithm.adv_estimator)
-    routes = _routes(group, cfg)
+    routes = _routes(group) if replay else None
     return TrainGroup(
         prompt_id=group.prompt.id,
         prompt_ids=group.prompt.token_ids,
-        prompt_routes=None if routes is None else routes[0][: len(group.prompt.token_ids)],
+        prompt_routes=None if routes is None else group.rollouts[0].completion.prompt_experts,
         trajectories=tuple(
-            _trajectory(
-                rollout,
-                float(advantage),
-                None if routes is None else routes[i][len(group.prompt.token_ids) :],
-            )
+            _trajectory(rollout, float(advantage), None if routes is None else routes[i])
             for i, (rollout, advantage) in enumerate(zip(group.rollouts, advantages, strict=True))
         ),
     )
 
 
-def _routes(group: Group, cfg: Config) -> list[RouteArray] | None:
-    """[P + R, L, K] expert choices of every rollout (replay R3), when the engine gave them all and they are
-    wanted. The last token was never routed; nothing depends on its choice: it repeats the one before.
-
-    A shared prompt takes those of the first rollout.
+def _routes(group: Group) -> list[RouteArray]:
+    """[R, L, K] expert choices of every response (replay R3). The last token was never routed; nothing
+    depends on its choice: it repeats the one before.
     """
-    if cfg.trainer.moe.routing_replay not in ("auto", "engine"):
-        return None
-    found = [r.completion.routed_experts for r in group.rollouts]
-    present = [f for f in found if f is not None]
-    if len(present) < len(found):
-        if cfg.trainer.moe.routing_replay == "engine":
+    found = []
+    prompt = len(group.prompt.token_ids)
+    for completion in (rollout.completion for rollout in group.rollouts):
+        before, rows = completion.prompt_experts, completion.routed_experts
+        if before is None or rows is None:
             raise RedoneError(
-                f"{len(found) - len(present)} of {len(found)} responses to {group.prompt.id} carry no expert"
-                " choices: trainer.moe.routing_replay=engine needs an engine that returns them; use trainer"
+                f"a response to {group.prompt.id} carries no expert choices, which the trainer is to repeat;"
+                " set trainer.moe.routing_replay=trainer"
             )
-        return None
-    for f, rollout in zip(present, group.rollouts, strict=True):
-        tokens = len(group.prompt.token_ids) + len(rollout.completion.token_ids) - 1
-        if len(f) != tokens:
+        length = len(completion.token_ids)
+        if (len(before), len(rows)) != (prompt, length - 1):
             raise RedoneError(
-                f"{group.prompt.id}: the engine gave expert choices of {len(f)} of {tokens} tokens"
+                f"{group.prompt.id}: the engine gave expert choices of {len(before) + len(rows)} of"
+                f" {prompt + length - 1} tokens"
             )
-    return [np.concatenate([f, f[-1:]]).astype(np.int16) for f in present]
+        found.append(np.concatenate([rows, (rows if length > 1 else before)[-1:]]))
+    return found
 
 
 def _trajectory(rollout: Rollout, advantage: float, routes: RouteArray | None) -> Trajectory:

@@ -18,6 +18,7 @@ from typing import Protocol, TypeVar
 
 from redone.algo.select import refill_count, select_groups
 from redone.api import EngineFleet
+from redone.config.replay import replays_engine
 from redone.config.schema import Config
 from redone.data.stream import Drawn, sampling_seed
 from redone.errors import EngineError, RedoneError
@@ -107,7 +108,7 @@ async def collect_async(
         top_k=cfg.rollout.top_k,
         max_tokens=cfg.data.max_response_length,
         stop_token_ids=stop_token_ids,
-        routes=cfg.trainer.moe.routing_replay == "engine",
+        routes=replays_engine(cfg),
     )
     tally = Tally()
     count, informative = wanted, 0

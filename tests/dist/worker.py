@@ -1,5 +1,6 @@
 """One rank of the distributed tests: `python worker.py job.json RANK`. Jobs name functions of this file or of
-more.py. With REDONE_DUMP_AFTER=SECONDS in the environment a rank that hangs says where."""
+more.py. With REDONE_DUMP_AFTER=SECONDS in the environment a rank that hangs says where; with
+REDONE_MEGATRON=VERSION it refuses any other megatron-core."""
 
 from __future__ import annotations
 
@@ -22,7 +23,7 @@ import numpy as np
 import reference
 import torch
 import torch.distributed as dist
-from groups import close_groups
+from groups import check_megatron, close_groups
 from redone_kernels import launch
 
 from redone.config.schema import Config
@@ -376,6 +377,7 @@ def main() -> None:
     )
     import more
 
+    check_megatron()
     gc.freeze()  # what is imported stays: close_groups then collects in no time
     results = {}
     for name, function, arguments in job["cases"]:

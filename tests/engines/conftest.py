@@ -16,7 +16,7 @@ from tests.engines.plants import planted_cluster
 
 LAYOUT = {
     "cluster": {"gpus_per_node": 2},
-    "trainer": {"parallel": {"tensor": 2, "expert": 2}, "moe": {"routing_replay": "engine"}},
+    "trainer": {"parallel": {"tensor": 2, "expert": 2}},
     "weights": {"delta": True},
 }
 
@@ -67,8 +67,7 @@ def live(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     # vLLM's CPU build packs experts and the head of tied embeddings apart from their parameters
     kind, tied = ("qwen3_moe", False) if in_process else ("llama", True)
     folder = make_tiny_model(work / "model", kind, dtype=torch.float32, tie_word_embeddings=tied)
-    replay = "engine" if in_process else "auto"
-    engine = LiveEngine(engine_config(folder, in_process, replay), folder, work)
+    engine = LiveEngine(engine_config(folder, in_process), folder, work)
     yield engine
     engine.process.stop()
     engine.writer.close()

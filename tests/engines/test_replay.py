@@ -96,7 +96,6 @@ def mismatch(work: Path, kind: Kind) -> dict[str, tuple[float, float]]:
         {
             **BASE,
             "model": {"path": str(model), "dtype": "bfloat16"},
-            "trainer": {"moe": {"routing_replay": "engine" if mixture else "auto"}},
         }
     )
     with EngineProcess(cfg) as engine:

@@ -12,7 +12,7 @@ import torch
 
 from redone.data.tiny import make_tiny_model
 from redone.errors import EngineError
-from redone.types import Completion, Sampling
+from redone.types import Completion, RouteArray, Sampling
 from tests.engines.engine_process import EngineProcess
 from tests.engines.harness import HeldWeights, LiveEngine, engine_config
 from tests.engines.test_generate import LONG
@@ -21,11 +21,17 @@ ROUTED = Sampling(max_tokens=24, routes=True)
 recording = pytest.mark.parametrize("live", ["in_process_moe"], indirect=True)
 
 
+def whole(completion: Completion) -> RouteArray:
+    """[P + R - 1, L, K]"""
+    assert completion.prompt_experts is not None and completion.routed_experts is not None
+    return np.concatenate([completion.prompt_experts, completion.routed_experts])
+
+
 def check(held: HeldWeights, prompt: list[int], completion: Completion) -> None:
     """All tokens but the last, all layers."""
     ids = [*prompt, *completion.token_ids.tolist()]
-    routes = completion.routed_experts
-    assert routes is not None and routes.dtype == np.int16 and routes.shape == (len(ids) - 1, 4, 2)
+    routes = whole(completion)
+    assert routes.dtype == np.int16 and routes.shape == (len(ids) - 1, 4, 2)
     assert np.array_equal(np.sort(routes, -1), held.routes(ids[:-1]))
 
 
@@ -35,8 +41,10 @@ def test_every_token_and_layer(live: LiveEngine) -> None:
     prompts = [[3 + i, 20 + i, 50] * (1 + i % 4) + LONG[: 40 * (i % 3)] for i in range(12)] + [LONG, LONG]
     futures = [live.process.submit("generate", p, ROUTED, [i, i + 1, i + 2]) for i, p in enumerate(prompts)]
     for prompt, future in zip(prompts, futures, strict=True):
-        for completion in future.result(timeout=60):
+        completions = future.result(timeout=60)
+        for completion in completions:
             check(live.held, prompt, completion)
+            assert completion.prompt_experts is completions[0].prompt_experts  # sent and kept once
     for again in (LONG, LONG[:64], [*LONG, 7]):  # all or most of it is cached now
         for completion in live.process.call("generate", again, ROUTED, [1, 2]):
             check(live.held, again, completion)
@@ -46,7 +54,7 @@ def test_every_token_and_layer(live: LiveEngine) -> None:
 def test_the_choices_differ_from_token_to_token(live: LiveEngine) -> None:
     """Else agreement would mean little."""
     (completion,) = live.process.call("generate", LONG, ROUTED, [5])
-    routes = np.sort(completion.routed_experts, -1)
+    routes = np.sort(whole(completion), -1)
     distinct = [len({tuple(row) for row in routes[:, layer].tolist()}) for layer in range(4)]
     assert min(distinct) > 1 and max(distinct) > 10, distinct
 
@@ -58,7 +66,7 @@ def test_choices_around_an_update_are_those_of_each_tokens_own_pass(live: LiveEn
     for completion in completions:
         first = completion.versions[0]
         ids = [*LONG, *completion.token_ids.tolist()][:-1]
-        found, cut = np.sort(completion.routed_experts, -1), len(LONG) + first.end - 1
+        found, cut = np.sort(whole(completion), -1), len(LONG) + first.end - 1
         before, after = old.routes(ids), new.routes(ids)
         assert np.array_equal(found[:cut], before[:cut]) and np.array_equal(found[cut:], after[cut:])
         assert not np.array_equal(before[:cut], after[:cut])
@@ -100,7 +108,8 @@ def test_choices_of_an_engine_that_records_none_are_refused(live: LiveEngine) ->
 @pytest.mark.slow
 def test_a_dense_model_is_refused_at_start(tmp_path: Path) -> None:
     cfg = engine_config(make_tiny_model(tmp_path, "qwen3"), True, "engine")
-    with EngineProcess(cfg) as process, pytest.raises(EngineError, match=r"0 of 4 layers .* use auto"):
+    refused = r"0 of 4 layers .*routing_replay=trainer"
+    with EngineProcess(cfg) as process, pytest.raises(EngineError, match=refused):
         process.call("start")
 
 

@@ -58,7 +58,12 @@ def test_every_phase_of_every_rank_is_accounted(asleep: Plan) -> None:
     host = next(p for p in asleep.chosen.memory if p.rank == "node RAM")
     # 8 ranks' bf16 weights and fp32 gradients, a quarter of the optimizer, the channel, 16 processes
     local = 1_543_714_304 + 28_991_029_248 / 8
-    assert host.total == pytest.approx(48 * local + 12 * 30.53e9 / 4 + 61.1e9 + 48e9, rel=0.03)
+    # and, twice, 48 x 8 int16 expert choices per token
+    work = asleep.chosen.job.work
+    tokens = work.prompts * (work.prompt_tokens + work.samples * sum(work.lengths) / len(work.lengths))
+    assert dict(host.parts)["expert choices of a step"] == pytest.approx(2 * 768 * tokens)
+    states = 48 * local + 12 * 30.53e9 / 4
+    assert host.total == pytest.approx(states + 61.1e9 + 48e9 + 2 * 768 * tokens, rel=0.03)
 
 
 def test_the_gate_blocks_on_memory_and_names_what_fits(awake: Plan) -> None:

@@ -20,7 +20,7 @@ def rows(*values: int) -> np.ndarray:
 
 
 def taken(recorder: RouteRecorder, request: str, tokens: int) -> list[int]:
-    return recorder.take(request, tokens)[:, 0, 0].tolist()
+    return recorder.take(request, 0, tokens)[:, 0, 0].tolist()
 
 
 @pytest.fixture
@@ -34,13 +34,13 @@ def test_several_requests_in_one_pass(recorder: RouteRecorder) -> None:
     assert taken(recorder, "a", 7) == [0, 1, 2, 3, 4, 5, 10]
     assert taken(recorder, "b", 2) == [6, 7]  # a pass too many, behind the stop token, is cut off
     with pytest.raises(KeyError):
-        recorder.take("a", 7)
+        recorder.take("a", 0, 7)
 
 
 def test_a_prompt_in_chunks(recorder: RouteRecorder) -> None:
     recorder.record([turn("a", 0, 3, [2])], rows(0, 1, 2))
     with pytest.raises(ValueError, match="0 of 3"):
-        recorder.take("a", 3)
+        recorder.take("a", 0, 3)
     recorder.record([turn("a", 0, 3, [2])], rows(0, 1, 2))
     recorder.record([turn("a", 3, 3, [2, 7])], rows(3, 4, 5))
     assert taken(recorder, "a", 6) == [0, 1, 2, 3, 4, 5]
@@ -53,7 +53,7 @@ def test_cached_blocks_bring_their_choices(recorder: RouteRecorder) -> None:
     recorder.record([sibling, silent], rows(44, 45, 0, 1, 2, 3, 4, 5))
     assert taken(recorder, "b", 6) == [0, 1, 2, 3, 44, 45]
     with pytest.raises(KeyError):
-        recorder.take("s", 6)
+        recorder.take("s", 0, 6)
     recorder.record([turn("c", 4, 2, [4, 7])], rows(54, 55))
     assert taken(recorder, "c", 6) == [0, 1, 2, 3, 54, 55]
 
@@ -90,7 +90,7 @@ def test_forgotten_requests_leave_nothing(recorder: RouteRecorder) -> None:
     recorder.forget("a")
     recorder.forget("a")
     with pytest.raises(KeyError):
-        recorder.take("a", 1)
+        recorder.take("a", 0, 1)
 
 
 def test_tokens_that_were_not_routed_are_an_error(recorder: RouteRecorder) -> None:

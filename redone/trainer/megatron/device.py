@@ -1,6 +1,6 @@
 """Where Megatron-core runs: on CUDA as it is, or unmodified on CPU + gloo through a shim.
 
-Megatron-core 0.16 names torch.cuda in about 150 places. On a host without CUDA, `install()` (1) replaces the
+Megatron-core names torch.cuda in about 150 places. On a host without CUDA, `install()` (1) replaces the
 torch.cuda functions that it calls and (2) defines a TorchFunctionMode that turns device="cuda" into "cpu" in
 factory functions, makes Tensor.cuda() the identity and lets Tensor.type() answer 'torch.cuda.*'. The mode is
 thread-local, so every public method of the trainer calls `ensure()` first.
@@ -24,6 +24,14 @@ from torch.overrides import TorchFunctionMode
 P = ParamSpec("P")
 R = TypeVar("R")
 
+# The last three: advice of 0.19 to callers of what 0.16 has no other way to do.
+LOUD = (
+    "tensor_parallel.random",
+    "utils",
+    "models.gpt.gpt_model",
+    "distributed.distributed_data_parallel",
+    "transformer.transformer_layer",
+)
 _thread = threading.local()
 _installed = False
 
@@ -113,11 +121,11 @@ def on_device(method: Callable[P, R]) -> Callable[P, R]:
 
 
 def quiet() -> None:
-    """Silence what Megatron-core says at import and build on any host without TransformerEngine."""
+    """Silence what Megatron-core says at import and build on any host."""
     warnings.filterwarnings("ignore", module=r"megatron\..*")
     warnings.filterwarnings("ignore", module=r"torch\.distributed\..*", category=FutureWarning)
-    for name in ("megatron.core.tensor_parallel.random", "megatron.core.utils"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    for name in LOUD:
+        logging.getLogger(f"megatron.core.{name}").setLevel(logging.ERROR)
 
 
 def prepare(kind: str) -> None:
@@ -197,7 +205,8 @@ def _keep_mode_in_backward() -> None:
 
 
 def _mend_megatron() -> None:
-    """Two bugs of megatron-core 0.16.1 that appear, on any device, without TransformerEngine and Apex."""
+    """Two bugs of megatron-core that appear, on any device, without TransformerEngine and Apex. The first one
+    is mended in 0.19.2."""
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
     from megatron.core.transformer.moe import moe_utils
 

@@ -44,8 +44,13 @@ try:
 except ImportError:
     HAVE_TE = False
 
-# Renamed in megatron-core 0.17.
+# What differs between the megatron-core versions that this file is tested with, 0.16.1 and 0.19.2.
 GroupedMLPSubmodules = getattr(experts, "GroupedMLPSubmodules", MLPSubmodules)
+
+
+def _submodules(spec: Any) -> Any:
+    """Of a ModuleSpec, or of the functools.partial that Megatron's own specs hold from 0.17 on."""
+    return spec.submodules if isinstance(spec, ModuleSpec) else spec.keywords["submodules"]
 
 
 def block_spec(config: TransformerConfig, use_te: bool, vp_stage: int | None) -> TransformerBlockSubmodules:
@@ -56,7 +61,7 @@ def block_spec(config: TransformerConfig, use_te: bool, vp_stage: int | None) ->
     for layer in block.layer_specs:
         layer.submodules.self_attention.submodules.core_attention = SharedPrefixCoreAttention
         if config.num_moe_experts:
-            layer.submodules.mlp.submodules.router = PackedRouter
+            _submodules(layer.submodules.mlp).router = PackedRouter
     return block
 
 
