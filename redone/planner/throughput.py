@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from redone.planner.hardware import DEFAULT, Constants
-from redone.planner.job import Job, stack_factor
+from redone.planner.job import Job, Layout, stack_factor
 from redone.planner.lengths import microbatches, moments, survival
 
 Values = float | NDArray[np.float64]
@@ -43,6 +43,11 @@ class TrainTime:
     tokens: float  # of a mean micro-batch
 
 
+def host_factor(layout: Layout, c: Constants) -> float:
+    """Host and launch time against an x86 host's."""
+    return c.grace if layout.gpu.grace else 1.0
+
+
 def stage_seconds(job: Job, tokens: float, context: float, c: Constants, *, train: bool) -> float:
     """One micro-batch of `tokens` tokens through one pipeline stage: forward, or forward and backward."""
     model, lay = job.model, job.layout
@@ -55,7 +60,7 @@ def stage_seconds(job: Job, tokens: float, context: float, c: Constants, *, trai
     busy = dense / (rate * c.gemm_dense) + expert / (rate * c.gemm_expert)
     busy = passes * (busy + attention / (lay.gpu.flops * c.gemm_dense))
     moe = model.moe_layers / model.layers
-    floor = passes * model.layers / lay.pipeline * (c.layer_floor + moe * c.moe_floor) * 1e-3
+    floor = passes * model.layers / lay.pipeline * (c.layer_floor + moe * c.moe_floor) * 1e-3 * host_factor(lay, c)
     exchanges = (3 if lay.recompute else 2) if train else 1
     moved = _dispatch_seconds(job, tokens, c) + _tensor_seconds(job, tokens)
     return math.hypot(busy, floor) + exchanges * moved
@@ -145,7 +150,8 @@ def decode_seconds(job: Job, sequences: Values, context: Values, c: Constants) -
     cache = sequences * context * model.kv_bytes / min(ranks, model.kv_shards)
     memory = (weights / ranks + cache) / (lay.gpu.hbm * c.decode_hbm)
     compute = sequences * 2 * model.active / ranks / (lay.gpu.flops * c.gemm_dense)
-    host = c.decode_step * 1e-3 + (model.layers * c.decode_layer + model.moe_layers * c.decode_moe) * 1e-6
+    launches = model.layers * c.decode_layer + model.moe_layers * c.decode_moe
+    host = (c.decode_step * 1e-3 + launches * 1e-6) * host_factor(lay, c)
     reduce = 2 * model.layers * c.allreduce * 1e-6 * math.log2(ranks) if ranks > 1 else 0.0
     return np.asarray(np.maximum(memory, compute) + host + reduce)
 
