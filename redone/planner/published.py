@@ -12,7 +12,8 @@ from redone.planner.lengths import SIGMA, truncated_lognormal
 from redone.planner.models import PUBLISHED
 from redone.planner.throughput import predict, train_time
 
-# Micro-batches that NeMo RL's recipes join in a log-probability pass (logprob_batch_size).
+# Micro-batches that NeMo RL's recipes join in a log-probability pass: logprob_batch_size under
+# examples/configs/recipes/llm/performance at v0.5.0 and v0.6.0.
 NEMO_LOGPROB = {"q30b": 4.0, "q32b": 4.0, "llama8b": 2.0}
 LINES = {"q25_3b": "q25", "q25_7b": "q25"}  # one model line
 
@@ -72,6 +73,16 @@ def read_holdout(path: str | Path) -> dict[str, str]:
     return found
 
 
+def _joined(row: dict[str, str]) -> float:
+    if row["stack"] != "nemo":
+        return 1.0
+    if row["model"] == "q30b" and row["hw"] == "GB200" and row["ver"] == "v0.6":
+        return 2.0
+    if row["model"] == "dsv3" and row["hw"] == "H100" and row["mode"].startswith("async"):
+        return 2.0
+    return NEMO_LOGPROB.get(row["model"], 1.0)
+
+
 def _point(row: dict[str, str]) -> Point:
     model, training = PUBLISHED[row["model"]], row["mode"] == "train"
     size = {k: int(row[k]) for k in ("gbs", "prompts", "samples", "tgpus", "ggpus", "mb_tokens", "gen_tp")}
@@ -86,6 +97,7 @@ def _point(row: dict[str, str]) -> Point:
         prompt_tokens=prompt,
         lengths=lengths,
         forward_passes=2 if row["stack"] == "nemo" else 1,
+        ahead=int(row["mode"].removeprefix("async") or 1) if row["mode"].startswith("async") else 1,
     )
     layout = Layout(
         gpu=gpu(row["hw"]),
@@ -99,7 +111,7 @@ def _point(row: dict[str, str]) -> Point:
         context=int(row["cp"]),
         rollout_tensor=max(1, size["gen_tp"]),
         budget=size["mb_tokens"] + (int(prompt) if row["stack"] == "skyrl" else 0),  # SkyRL: one sequence
-        logprob_batches=NEMO_LOGPROB.get(row["model"], 1.0) if row["stack"] == "nemo" else 1.0,
+        logprob_batches=_joined(row),
         recompute=row["recompute"] == "1",
         fp8=row["prec"] == "fp8",
         utilization=0.6 if row["mode"] == "sync" else 0.8,  # NeMo RL's recipes

@@ -134,6 +134,7 @@ def describe_job(cfg: Config, shape: ModelShape, options: Options) -> tuple[Job,
         lengths=lengths,
         # as pipeline.step: with one update the old log-probabilities are the update's own
         forward_passes=(updates > 1 or a.importance.level != "off") + (a.kl.coef > 0),
+        ahead=max(1, r.max_staleness),
     )
     return Job(model=planned(shape), work=work, layout=layout), assumed
 

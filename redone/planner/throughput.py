@@ -166,11 +166,21 @@ def kv_tokens(job: Job, c: Constants) -> float:
     return room / (model.kv_bytes * max(1.0, ranks / model.kv_shards))
 
 
-def kv_need(job: Job, c: Constants) -> tuple[float, float]:
-    """(tokens of KV cache that the requests of one engine want, tokens per sequence)."""
+def kv_need(job: Job) -> tuple[float, float]:
+    """(tokens of KV cache that one batch's requests of an engine want, tokens per sequence).
+
+    Sequences that start together hold most when (those still running) x (their length) is largest; at constant
+    concurrency each holds half the length of a length-weighted mean sequence.
+    """
     work, lay = job.work, job.layout
     engines = max(1, lay.rollout_gpus // lay.rollout_tensor)
-    per_sequence = work.prompt_tokens / work.samples + c.kv_share * moments(work.lengths)[0]
+    if lay.mode == "async":
+        mean, square = moments(work.lengths)
+        held = square / mean / 2
+    else:
+        reached, alive, _ = survival(work.lengths, GRID)
+        held = float((reached * alive).max())
+    per_sequence = work.prompt_tokens / work.samples + held
     return work.sequences / engines * per_sequence, per_sequence
 
 
@@ -184,7 +194,8 @@ def rollout_seconds(job: Job, c: Constants) -> tuple[float, float]:
         prompts * work.prompt_tokens * 2 * model.active / lay.rollout_tensor / (lay.gpu.flops * c.gemm_dense)
     )
     mean, square = moments(work.lengths)
-    slots = max(1.0, min(each, kv_tokens(job, c) / kv_need(job, c)[1], lay.max_sequences))
+    flight = each * (work.ahead if lay.mode == "async" else 1)
+    slots = max(1.0, min(flight, kv_tokens(job, c) / kv_need(job)[1], lay.max_sequences))
     busy = float(decode_seconds(job, slots, work.prompt_tokens + square / mean / 2, c))
     steady = prefill + each * mean / slots * busy
     if lay.mode == "async":
