@@ -74,26 +74,28 @@ def _constant(value: float, unit: str, meaning: str, source: str = _FIT) -> floa
 class Constants:
     """Every fitted or assumed number of the planner."""
 
-    gemm_dense: float = _constant(0.595, "share of peak", "dense GEMMs and attention in the trainer")
-    gemm_expert: float = _constant(0.395, "share of peak", "grouped expert GEMMs in the trainer")
-    fp8_gain: float = _constant(1.3, "x", "GEMM rate of FP8 against bf16, casts included")
+    gemm_dense: float = _constant(0.587, "share of peak", "dense GEMMs and attention in the trainer")
+    gemm_expert: float = _constant(0.398, "share of peak", "grouped expert GEMMs in the trainer")
+    fp8_gain: float = _constant(1.35, "x", "GEMM rate of FP8 against bf16, casts included")
     layer_floor: float = _constant(
-        0.301, "ms", "least time of one layer's forward (launches), whatever its tokens"
+        0.298, "ms", "least time of one layer's forward (launches), whatever its tokens"
     )
-    moe_floor: float = _constant(1.3, "ms", "the same, added by routing and dispatch of an expert layer")
-    dispatch: float = _constant(0.253, "share of collectives' rate", "expert all-to-all, permutation included")
+    moe_floor: float = _constant(1.31, "ms", "the same, added by routing and dispatch of an expert layer")
+    dispatch: float = _constant(
+        0.26, "share of collectives' rate", "expert all-to-all, permutation included"
+    )
     network: float = _constant(
-        44.3, "GB/s per GPU", "between nodes: expert dispatch, gradients and parameters"
+        44.7, "GB/s per GPU", "between nodes: expert dispatch, gradients and parameters"
     )
-    decode_hbm: float = _constant(0.747, "share of peak", "memory bandwidth while decoding")
-    decode_step: float = _constant(4.28, "ms", "host time of one decode step")
+    decode_hbm: float = _constant(0.749, "share of peak", "memory bandwidth while decoding")
+    decode_step: float = _constant(4.24, "ms", "host time of one decode step")
     decode_layer: float = _constant(15.4, "us", "launches of one decoder layer in one decode step")
-    decode_moe: float = _constant(42.2, "us", "the same, added by an expert layer")
+    decode_moe: float = _constant(42.3, "us", "the same, added by an expert layer")
     allreduce: float = _constant(
         13.5, "us x log2(ranks)", "one small all-reduce of an engine's tensor-parallel ranks"
     )
-    grace: float = _constant(2.03, "x", "host and launch time on a Grace CPU against x86")
-    fixed: float = _constant(9.02, "s", "per step outside all phases: driver, rewards, data")
+    grace: float = _constant(2.04, "x", "host and launch time on a Grace CPU against x86")
+    fixed: float = _constant(9.07, "s", "per step outside all phases: driver, rewards, data")
     transition: float = _constant(
         5.83, "GB/s x sqrt(nodes)", "weight update with sleep and wake of both sides"
     )
@@ -103,11 +105,11 @@ class Constants:
     stack_nemo: float = _constant(
         1.13, "x", "NeMo RL's trainer seconds against Megatron-Bridge's; used for redone"
     )
-    stack_verl: float = _constant(0.772, "x", "verl's trainer seconds against Megatron-Bridge's")
+    stack_verl: float = _constant(0.783, "x", "verl's trainer seconds against Megatron-Bridge's")
     stack_skyrl: float = _constant(
-        2.89, "x", "SkyRL's trainer seconds against Megatron-Bridge's (padding included)"
+        2.88, "x", "SkyRL's trainer seconds against Megatron-Bridge's (padding included)"
     )
-    stack_tuned: float = _constant(0.624, "x", "pre-training benchmark with forced balance and overlap")
+    stack_tuned: float = _constant(0.623, "x", "pre-training benchmark with forced balance and overlap")
     cpu_optimizer: float = _constant(
         71.0,
         "GB/s per node",

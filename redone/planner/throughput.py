@@ -48,26 +48,49 @@ def host_factor(layout: Layout, c: Constants) -> float:
     return c.grace if layout.gpu.grace else 1.0
 
 
-def stage_seconds(job: Job, tokens: float, context: float, c: Constants, *, train: bool) -> float:
-    """One micro-batch of `tokens` tokens through one pipeline stage: forward, or forward and backward."""
+def stage_seconds(
+    job: Job, tokens: float, context: float, c: Constants, *, train: bool
+) -> tuple[float, float]:
+    """One micro-batch of `tokens` tokens, forward or forward and backward: (seconds of a stage of layers, of the
+    stage that sets the pace).
+
+    Stages hold whole layers. The last one also holds the head, unless the layers do not divide: then its layers
+    are counted as few as balance needs.
+    """
+    model, lay = job.model, job.layout
+    chunks = lay.pipeline * lay.virtual
+    stage = _layer_seconds(job, tokens, context, c, -(-model.layers // chunks) * lay.virtual, train=train)
+    head = (3 if train else 1) * 2 * tokens * model.hidden * model.vocab
+    head /= lay.tensor * lay.context * lay.gpu.flops * c.gemm_dense
+    if model.layers % chunks == 0:
+        return stage, stage + head
+    whole = _layer_seconds(job, tokens, context, c, model.layers, train=train)
+    return stage, max(stage, (whole + head) / lay.pipeline)
+
+
+def _layer_seconds(
+    job: Job, tokens: float, context: float, c: Constants, layers: int, *, train: bool
+) -> float:
+    """`layers` layers of one micro-batch on the ranks of a stage."""
     model, lay = job.model, job.layout
     passes = (4 if lay.recompute else 3) if train else 1
-    shards = lay.tensor * lay.context * lay.pipeline
+    shards = lay.tensor * lay.context
     rate = lay.gpu.flops * (c.fp8_gain if lay.fp8 else 1.0)
-    expert = 2 * tokens * model.active_expert / shards
-    dense = 2 * tokens * (model.active - model.active_expert) / shards
-    attention = 4 * model.attention_width * model.layers * context * tokens / shards
+    share = layers / model.layers
+    expert = 2 * tokens * model.active_expert * share / shards
+    dense = 2 * tokens * (model.active - model.active_expert - model.hidden * model.vocab) * share / shards
+    attention = 4 * model.attention_width * layers * context * tokens / shards
     busy = dense / (rate * c.gemm_dense) + expert / (rate * c.gemm_expert)
     busy = passes * (busy + attention / (lay.gpu.flops * c.gemm_dense))
-    moe = model.moe_layers / model.layers
-    floor = passes * model.layers / lay.pipeline * (c.layer_floor + moe * c.moe_floor) * 1e-3 * host_factor(lay, c)
+    floor = c.layer_floor + model.moe_layers / model.layers * c.moe_floor
+    floor *= passes * layers * 1e-3 * host_factor(lay, c)
     exchanges = (3 if lay.recompute else 2) if train else 1
-    moved = _dispatch_seconds(job, tokens, c) + _tensor_seconds(job, tokens)
+    moved = share * (_dispatch_seconds(job, tokens, c) + _tensor_seconds(job, tokens))
     return math.hypot(busy, floor) + exchanges * moved
 
 
 def _dispatch_seconds(job: Job, tokens: float, c: Constants) -> float:
-    """Expert all-to-all of one forward through a stage: there and back, inside and between nodes."""
+    """Expert all-to-all of one forward through all layers: there and back, inside and between nodes."""
     model, lay = job.model, job.layout
     if not model.moe_layers or lay.expert == 1:
         return 0.0
@@ -78,16 +101,16 @@ def _dispatch_seconds(job: Job, tokens: float, c: Constants) -> float:
     far = max(0.0, 1 - node / size) * (min(size / node, copies) if per_node else copies)
     near = copies * (min(size, node) - 1) / size
     seconds = near / (c.dispatch * lay.gpu.link) + far / (c.network * 1e9)
-    return 2 * model.moe_layers / lay.pipeline * row * seconds
+    return 2 * model.moe_layers * row * seconds
 
 
 def _tensor_seconds(job: Job, tokens: float) -> float:
-    """Sequence-parallel gathers and scatters of one forward through a stage at NVLink's rate."""
+    """Sequence-parallel gathers and scatters of one forward through all layers at NVLink's rate."""
     model, lay = job.model, job.layout
     if lay.tensor == 1:
         return 0.0
     sent = 4 * tokens / lay.context * model.hidden * 2 * (lay.tensor - 1) / lay.tensor
-    return model.layers / lay.pipeline * sent / lay.gpu.link
+    return model.layers * sent / lay.gpu.link
 
 
 def optimizer_seconds(job: Job, c: Constants) -> float:
@@ -111,10 +134,11 @@ def train_time(job: Job, c: Constants) -> TrainTime:
     )  # fmt: skip
     factor, bubble = stack_factor(lay, c), (lay.pipeline - 1) / lay.virtual
     context = mean_context(job)
-    forward_backward = stage_seconds(job, tokens / count, context, c, train=True) * factor
-    update = forward_backward * (count + bubble) + optimizer_seconds(job, c)
+    stage, pace = stage_seconds(job, tokens / count, context, c, train=True)
+    update = factor * (pace * count + stage * bubble) + optimizer_seconds(job, c)
     joined = max(1.0, count / lay.logprob_batches)
-    forward = stage_seconds(job, tokens / joined, context, c, train=False) * factor * (joined + bubble)
+    stage, pace = stage_seconds(job, tokens / joined, context, c, train=False)
+    forward = factor * (pace * joined + stage * bubble)
     return TrainTime(
         updates=work.updates * update,
         forward=_forward_steps(job) * forward,
