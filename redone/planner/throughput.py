@@ -48,6 +48,11 @@ def host_factor(layout: Layout, c: Constants) -> float:
     return c.grace if layout.gpu.grace else 1.0
 
 
+def gemm_rate(layout: Layout, width: int, c: Constants) -> float:
+    """FLOP/s of GEMMs whose narrow side is `width`."""
+    return layout.gpu.flops * c.gemm * width / (width + c.gemm_width)
+
+
 def stage_seconds(
     job: Job, tokens: float, context: float, c: Constants, *, train: bool
 ) -> tuple[float, float]:
@@ -61,7 +66,7 @@ def stage_seconds(
     chunks = lay.pipeline * lay.virtual
     stage = _layer_seconds(job, tokens, context, c, -(-model.layers // chunks) * lay.virtual, train=train)
     head = (3 if train else 1) * 2 * tokens * model.hidden * model.vocab
-    head /= lay.tensor * lay.context * lay.gpu.flops * c.gemm_dense
+    head /= lay.tensor * lay.context * gemm_rate(lay, model.hidden, c)
     if model.layers % chunks == 0:
         return stage, stage + head
     whole = _layer_seconds(job, tokens, context, c, model.layers, train=train)
@@ -75,13 +80,15 @@ def _layer_seconds(
     model, lay = job.model, job.layout
     passes = (4 if lay.recompute else 3) if train else 1
     shards = lay.tensor * lay.context
-    rate = lay.gpu.flops * (c.fp8_gain if lay.fp8 else 1.0)
+    gain = c.fp8_gain if lay.fp8 else 1.0
     share = layers / model.layers
     expert = 2 * tokens * model.active_expert * share / shards
     dense = 2 * tokens * (model.active - model.active_expert - model.hidden * model.vocab) * share / shards
     attention = 4 * model.attention_width * layers * context * tokens / shards
-    busy = dense / (rate * c.gemm_dense) + expert / (rate * c.gemm_expert)
-    busy = passes * (busy + attention / (lay.gpu.flops * c.gemm_dense))
+    busy = (dense / gain + attention) / gemm_rate(lay, model.hidden, c)
+    if model.moe_layers:
+        busy += expert / gain / gemm_rate(lay, model.expert_ffn, c)
+    busy *= passes
     floor = c.layer_floor + model.moe_layers / model.layers * c.moe_floor
     floor *= passes * layers * 1e-3 * host_factor(lay, c)
     exchanges = (3 if lay.recompute else 2) if train else 1
@@ -173,7 +180,7 @@ def decode_seconds(job: Job, sequences: Values, context: Values, c: Constants) -
     )
     cache = sequences * context * model.kv_bytes / min(ranks, model.kv_shards)
     memory = (weights / ranks + cache) / (lay.gpu.hbm * c.decode_hbm)
-    compute = sequences * 2 * model.active / ranks / (lay.gpu.flops * c.gemm_dense)
+    compute = sequences * 2 * model.active / ranks / gemm_rate(lay, model.hidden, c)
     launches = model.layers * c.decode_layer + model.moe_layers * c.decode_moe
     host = (c.decode_step * 1e-3 + launches * 1e-6) * host_factor(lay, c)
     reduce = 2 * model.layers * c.allreduce * 1e-6 * math.log2(ranks) if ranks > 1 else 0.0
@@ -215,7 +222,7 @@ def rollout_seconds(job: Job, c: Constants) -> tuple[float, float]:
     each = work.sequences / engines
     prompts = max(work.prompts / engines, min(1.0, each))
     prefill = (
-        prompts * work.prompt_tokens * 2 * model.active / lay.rollout_tensor / (lay.gpu.flops * c.gemm_dense)
+        prompts * work.prompt_tokens * 2 * model.active / lay.rollout_tensor / gemm_rate(lay, model.hidden, c)
     )
     mean, square = moments(work.lengths)
     flight = each * (work.ahead if lay.mode == "async" else 1)
