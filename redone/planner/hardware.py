@@ -74,42 +74,42 @@ def _constant(value: float, unit: str, meaning: str, source: str = _FIT) -> floa
 class Constants:
     """Every fitted or assumed number of the planner."""
 
-    gemm: float = _constant(0.663, "share of peak", "GEMMs of endless width in the trainer, attention")
+    gemm: float = _constant(0.665, "share of peak", "GEMMs of endless width in the trainer, attention")
     gemm_width: float = _constant(
         510.0, "", "width (hidden size, or an expert's) at which a GEMM reaches half of that"
     )
     fp8_gain: float = _constant(1.27, "x", "GEMM rate of FP8 against bf16, casts included")
     layer_floor: float = _constant(
-        0.291, "ms", "least time of one layer's forward (launches), whatever its tokens"
+        0.293, "ms", "least time of one layer's forward (launches), whatever its tokens"
     )
-    moe_floor: float = _constant(1.34, "ms", "the same, added by routing and dispatch of an expert layer")
+    moe_floor: float = _constant(1.35, "ms", "the same, added by routing and dispatch of an expert layer")
     dispatch: float = _constant(
-        0.269, "share of collectives' rate", "expert all-to-all, permutation included"
+        0.27, "share of collectives' rate", "expert all-to-all, permutation included"
     )
     network: float = _constant(
-        44.1, "GB/s per GPU", "between nodes: expert dispatch, gradients and parameters"
+        44.4, "GB/s per GPU", "between nodes: expert dispatch, gradients and parameters"
     )
-    decode_hbm: float = _constant(0.749, "share of peak", "memory bandwidth while decoding")
-    decode_step: float = _constant(4.24, "ms", "host time of one decode step")
-    decode_layer: float = _constant(15.4, "us", "launches of one decoder layer in one decode step")
-    decode_moe: float = _constant(42.3, "us", "the same, added by an expert layer")
+    decode_hbm: float = _constant(0.75, "share of peak", "memory bandwidth while decoding")
+    decode_step: float = _constant(4.2, "ms", "host time of one decode step")
+    decode_layer: float = _constant(15.1, "us", "launches of one decoder layer in one decode step")
+    decode_moe: float = _constant(40.0, "us", "the same, added by an expert layer")
     allreduce: float = _constant(
-        13.6, "us x log2(ranks)", "one small all-reduce of an engine's tensor-parallel ranks"
+        12.6, "us x log2(ranks)", "one small all-reduce of an engine's tensor-parallel ranks; doublings between nodes count twice"
     )
-    grace: float = _constant(2.04, "x", "host and launch time on a Grace CPU against x86")
-    fixed: float = _constant(9.09, "s", "per step outside all phases: driver, rewards, data")
+    grace: float = _constant(2.0, "x", "host and launch time on a Grace CPU against x86")
+    fixed: float = _constant(9.06, "s", "per step outside all phases: driver, rewards, data")
     transition: float = _constant(
-        5.82, "GB/s x sqrt(nodes)", "weight update with sleep and wake of both sides"
+        5.91, "GB/s x sqrt(nodes)", "weight update with sleep and wake of both sides"
     )
     overlap: float = _constant(
-        0.125, "share", "part of an asynchronous step's shorter side that is not hidden"
+        0.124, "share", "part of an asynchronous step's shorter side that is not hidden"
     )
     stack_nemo: float = _constant(
-        1.14, "x", "NeMo RL's trainer seconds against Megatron-Bridge's; used for redone"
+        1.15, "x", "NeMo RL's trainer seconds against Megatron-Bridge's; used for redone"
     )
-    stack_verl: float = _constant(0.757, "x", "verl's trainer seconds against Megatron-Bridge's")
+    stack_verl: float = _constant(0.759, "x", "verl's trainer seconds against Megatron-Bridge's")
     stack_skyrl: float = _constant(
-        2.85, "x", "SkyRL's trainer seconds against Megatron-Bridge's (padding included)"
+        2.83, "x", "SkyRL's trainer seconds against Megatron-Bridge's (padding included)"
     )
     stack_tuned: float = _constant(0.62, "x", "pre-training benchmark with forced balance and overlap")
     cpu_optimizer: float = _constant(
