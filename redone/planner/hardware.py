@@ -74,44 +74,44 @@ def _constant(value: float, unit: str, meaning: str, source: str = _FIT) -> floa
 class Constants:
     """Every fitted or assumed number of the planner."""
 
-    gemm: float = _constant(0.665, "share of peak", "GEMMs of endless width in the trainer, attention")
+    gemm: float = _constant(0.598, "share of peak", "GEMMs of endless width in the trainer, attention")
     gemm_width: float = _constant(
-        510.0, "", "width (hidden size, or an expert's) at which a GEMM reaches half of that"
+        507.0, "", "width (hidden size, or an expert's) at which a GEMM reaches half of that"
     )
-    fp8_gain: float = _constant(1.27, "x", "GEMM rate of FP8 against bf16, casts included")
+    fp8_gain: float = _constant(1.13, "x", "GEMM rate of FP8 against bf16, casts included")
     layer_floor: float = _constant(
-        0.293, "ms", "least time of one layer's forward (launches), whatever its tokens"
+        0.296, "ms", "least time of one layer's forward (launches), whatever its tokens"
     )
-    moe_floor: float = _constant(1.35, "ms", "the same, added by routing and dispatch of an expert layer")
+    moe_floor: float = _constant(1.37, "ms", "the same, added by routing and dispatch of an expert layer")
     dispatch: float = _constant(
-        0.27, "share of collectives' rate", "expert all-to-all, permutation included"
+        0.352, "share of collectives' rate", "expert all-to-all, permutation included"
     )
     network: float = _constant(
-        44.4, "GB/s per GPU", "between nodes: expert dispatch, gradients and parameters"
+        48.5, "GB/s per GPU", "between nodes: expert dispatch, gradients and parameters"
     )
-    decode_hbm: float = _constant(0.75, "share of peak", "memory bandwidth while decoding")
-    decode_step: float = _constant(4.2, "ms", "host time of one decode step")
+    decode_hbm: float = _constant(0.76, "share of peak", "memory bandwidth while decoding")
+    decode_step: float = _constant(4.15, "ms", "host time of one decode step")
     decode_layer: float = _constant(15.1, "us", "launches of one decoder layer in one decode step")
-    decode_moe: float = _constant(40.0, "us", "the same, added by an expert layer")
+    decode_moe: float = _constant(39.4, "us", "the same, added by an expert layer")
     allreduce: float = _constant(
-        12.6, "us x log2(ranks)", "one small all-reduce of an engine's tensor-parallel ranks; doublings between nodes count twice"
+        12.4, "us x log2(ranks)", "one small all-reduce of an engine's tensor-parallel ranks; doublings between nodes count twice"
     )
-    grace: float = _constant(2.0, "x", "host and launch time on a Grace CPU against x86")
-    fixed: float = _constant(9.06, "s", "per step outside all phases: driver, rewards, data")
+    grace: float = _constant(2.08, "x", "host and launch time on a Grace CPU against x86")
+    fixed: float = _constant(8.89, "s", "per step outside all phases: driver, rewards, data")
     transition: float = _constant(
-        5.91, "GB/s x sqrt(nodes)", "weight update with sleep and wake of both sides"
+        5.96, "GB/s x sqrt(nodes)", "weight update with sleep and wake of both sides"
     )
     overlap: float = _constant(
-        0.124, "share", "part of an asynchronous step's shorter side that is not hidden"
+        0.123, "share", "part of an asynchronous step's shorter side that is not hidden"
     )
     stack_nemo: float = _constant(
-        1.15, "x", "NeMo RL's trainer seconds against Megatron-Bridge's; used for redone"
+        1.03, "x", "NeMo RL's trainer seconds against Megatron-Bridge's; used for redone"
     )
-    stack_verl: float = _constant(0.759, "x", "verl's trainer seconds against Megatron-Bridge's")
+    stack_verl: float = _constant(0.576, "x", "verl's trainer seconds against Megatron-Bridge's")
     stack_skyrl: float = _constant(
-        2.83, "x", "SkyRL's trainer seconds against Megatron-Bridge's (padding included)"
+        2.72, "x", "SkyRL's trainer seconds against Megatron-Bridge's (padding included)"
     )
-    stack_tuned: float = _constant(0.62, "x", "pre-training benchmark with forced balance and overlap")
+    stack_tuned: float = _constant(0.649, "x", "pre-training benchmark with forced balance and overlap")
     cpu_optimizer: float = _constant(
         71.0,
         "GB/s per node",

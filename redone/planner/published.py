@@ -113,6 +113,7 @@ def _point(row: dict[str, str]) -> Point:
         if row["stack"] == "nemo"
         else 1.0,
         recompute=row["recompute"] == "1",
+        balanced=row["natural"] == "0",
         fp8=row["prec"] == "fp8",
         utilization=UTILIZATION_OF_ROW.get(row["id"], UTILIZATION.get(row["mode"], 0.8)),
         stack="tuned" if row["tune"] == "1" else row["stack"],

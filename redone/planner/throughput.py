@@ -49,6 +49,11 @@ def host_factor(layout: Layout, c: Constants) -> float:
     return c.grace if layout.gpu.grace else 1.0
 
 
+def imbalance(layout: Layout, c: Constants) -> float:
+    """Tokens of the fullest expert rank, for which all others wait, against the mean."""
+    return 1.0 if layout.balanced or layout.expert == 1 else c.imbalance
+
+
 def gemm_rate(layout: Layout, width: int, c: Constants) -> float:
     """FLOP/s of GEMMs whose narrow side is `width`."""
     return layout.gpu.flops * c.gemm * width / (width + c.gemm_width)
@@ -88,6 +93,7 @@ def _layer_seconds(
     attention = 4 * model.attention_width * layers * context * tokens / shards
     busy = (dense / gain + attention) / gemm_rate(lay, model.hidden, c)
     if model.moe_layers:
+        expert *= imbalance(lay, c)
         busy += expert / gain / gemm_rate(lay, model.expert_ffn, c)
     busy *= passes
     floor = c.layer_floor + model.moe_layers / model.layers * c.moe_floor
@@ -103,7 +109,7 @@ def _dispatch_seconds(job: Job, tokens: float, c: Constants) -> float:
     if not model.moe_layers or lay.expert == 1:
         return 0.0
     size, node = lay.expert, lay.gpu.domain
-    row = tokens / lay.context / lay.tensor * model.hidden * 2
+    row = tokens / lay.context / lay.tensor * model.hidden * 2 * imbalance(lay, c)
     copies = min(model.top_k, size)
     per_node = lay.stack in ("bridge", "tuned")  # HybridEP sends one copy to a node
     far = max(0.0, 1 - node / size) * (min(size / node, copies) if per_node else copies)
