@@ -24,7 +24,6 @@ class Gpu:
     domain: int  # GPUs that reach each other over NVLink
     per_node: int
     host_memory: float  # bytes of RAM of a usual node of this kind; overridable
-    grace: bool = False  # the host is NVIDIA's Grace, which launches kernels slower than an x86 one
 
 
 GPUS = {
@@ -48,7 +47,7 @@ GPUS = {
         ),
         Gpu(
             name="gb200", memory=198e9, flops=2450e12, hbm=8e12, link=500e9,
-            domain=72, per_node=4, host_memory=0.9e12, grace=True,
+            domain=72, per_node=4, host_memory=0.9e12,
         ),
     )
 }  # fmt: skip
@@ -74,49 +73,47 @@ def _constant(value: float, unit: str, meaning: str, source: str = _FIT) -> floa
 class Constants:
     """Every fitted or assumed number of the planner."""
 
-    gemm: float = _constant(0.598, "share of peak", "GEMMs of endless width in the trainer, attention")
-    gemm_width: float = _constant(
-        507.0, "", "width (hidden size, or an expert's) at which a GEMM reaches half of that"
-    )
-    fp8_gain: float = _constant(1.13, "x", "GEMM rate of FP8 against bf16, casts included")
+    gemm_dense: float = _constant(0.536, "share of peak", "dense GEMMs and attention in the trainer")
+    gemm_expert: float = _constant(0.418, "share of peak", "grouped expert GEMMs in the trainer")
+    fp8_gain: float = _constant(1.31, "x", "GEMM rate of FP8 against bf16, casts included")
     layer_floor: float = _constant(
-        0.296, "ms", "least time of one layer's forward (launches), whatever its tokens"
+        0.292, "ms", "least time of one layer's forward (launches), whatever its tokens"
     )
     moe_floor: float = _constant(1.37, "ms", "the same, added by routing and dispatch of an expert layer")
-    dispatch: float = _constant(
-        0.352, "share of collectives' rate", "expert all-to-all, permutation included"
-    )
+    dispatch: float = _constant(0.25, "share of collectives' rate", "expert all-to-all, permutation included")
     network: float = _constant(
-        48.5, "GB/s per GPU", "between nodes: expert dispatch, gradients and parameters"
+        46.4, "GB/s per GPU", "between nodes: expert dispatch, gradients and parameters"
     )
-    decode_hbm: float = _constant(0.76, "share of peak", "memory bandwidth while decoding")
-    decode_step: float = _constant(4.15, "ms", "host time of one decode step")
-    decode_layer: float = _constant(15.1, "us", "launches of one decoder layer in one decode step")
-    decode_moe: float = _constant(39.4, "us", "the same, added by an expert layer")
+    decode_hbm: float = _constant(0.763, "share of peak", "memory bandwidth while decoding")
+    decode_step: float = _constant(4.55, "ms", "host time of one decode step")
+    decode_layer: float = _constant(15.7, "us", "launches of one decoder layer in one decode step")
+    decode_moe: float = _constant(45.6, "us", "the same, added by an expert layer")
     allreduce: float = _constant(
-        12.4, "us x log2(ranks)", "one small all-reduce of an engine's tensor-parallel ranks; doublings between nodes count twice"
+        15.1, "us x log2(ranks)", "one small all-reduce of an engine's tensor-parallel ranks"
     )
-    grace: float = _constant(2.08, "x", "host and launch time on a Grace CPU against x86")
-    fixed: float = _constant(8.89, "s", "per step outside all phases: driver, rewards, data")
+    fixed: float = _constant(8.53, "s", "per step outside all phases: driver, rewards, data")
     transition: float = _constant(
-        5.96, "GB/s x sqrt(nodes)", "weight update with sleep and wake of both sides"
+        5.43, "GB/s x sqrt(nodes)", "weight update with sleep and wake of both sides"
     )
     overlap: float = _constant(
-        0.123, "share", "part of an asynchronous step's shorter side that is not hidden"
+        0.131, "share", "part of an asynchronous step's shorter side that is not hidden"
     )
     stack_nemo: float = _constant(
-        1.03, "x", "NeMo RL's trainer seconds against Megatron-Bridge's; used for redone"
+        1.24, "x", "NeMo RL's trainer seconds against Megatron-Bridge's; used for redone"
     )
-    stack_verl: float = _constant(0.576, "x", "verl's trainer seconds against Megatron-Bridge's")
+    stack_verl: float = _constant(0.753, "x", "verl's trainer seconds against Megatron-Bridge's")
     stack_skyrl: float = _constant(
-        2.72, "x", "SkyRL's trainer seconds against Megatron-Bridge's (padding included)"
+        2.83, "x", "SkyRL's trainer seconds against Megatron-Bridge's (padding included)"
     )
-    stack_tuned: float = _constant(0.649, "x", "pre-training benchmark with forced balance and overlap")
+    stack_tuned: float = _constant(0.617, "x", "pre-training benchmark with forced balance and overlap")
     cpu_optimizer: float = _constant(
         71.0,
         "GB/s per node",
         "memory traffic that Adam on the host reaches",
         "assumed: 12 s for 30B on one node",
+    )
+    kv_share: float = _constant(
+        0.8, "x mean length", "KV cache that a running sequence holds on average", "assumed"
     )
     band_near: float = _constant(
         1.35,

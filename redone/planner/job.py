@@ -58,7 +58,6 @@ class Layout:
     utilization: float = 0.7  # share of GPU memory of an engine
     max_sequences: int = 1024  # that an engine decodes at once
     stack: str = "redone"
-    balanced: bool = False  # routing forced to equal loads, as benchmarks do
     cpu_optimizer: bool = False
 
     @property

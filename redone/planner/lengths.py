@@ -60,7 +60,7 @@ def moments(lengths: Lengths) -> tuple[float, float]:
 
 @functools.lru_cache(maxsize=256)
 def survival(lengths: Lengths, points: int) -> tuple[NDArray[np.float64], NDArray[np.float64], float]:
-    """(tokens, share of responses longer than that, tokens between two points), 0 .. the longest; read only."""
+    """(tokens, share of responses longer than that, tokens between two points) from 0 to the longest."""
     values = np.asarray(lengths)
     edges = np.linspace(0, values[-1], points + 1)[:-1]
     alive = 1 - np.searchsorted(values, edges, side="right") / len(values)

@@ -154,6 +154,6 @@ def published_host(
 
 def cache_margin(job: Job, c: Constants = DEFAULT) -> float:
     """KV capacity of an engine / what its concurrent sequences want."""
-    need, per_sequence = kv_need(job)
+    need, per_sequence = kv_need(job, c)
     wanted = min(need, job.layout.max_sequences * per_sequence)
     return kv_tokens(job, c) / wanted if wanted else float("inf")

@@ -9,13 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from redone.planner.hardware import DEFAULT, Constants
-from redone.planner.job import Job, Layout, stack_factor
+from redone.planner.job import Job, stack_factor
 from redone.planner.lengths import microbatches, moments, survival
 
 Values = float | NDArray[np.float64]
 
 GRID = 48  # points over the longest response at which the decoding set is evaluated
-FAR_HOP = 2  # a small all-reduce's doubling between nodes against one inside: 16 against 9 us (notes, section 2)
 CPU_OPTIMIZER_BYTES = (
     28  # read and written per parameter by Adam on the host: fp32 p, m, v twice and the gradient
 )
@@ -44,87 +43,46 @@ class TrainTime:
     tokens: float  # of a mean micro-batch
 
 
-def host_factor(layout: Layout, c: Constants) -> float:
-    """Host and launch time against an x86 host's."""
-    return c.grace if layout.gpu.grace else 1.0
-
-
-def imbalance(layout: Layout, c: Constants) -> float:
-    """Tokens of the fullest expert rank, for which all others wait, against the mean."""
-    return 1.0 if layout.balanced or layout.expert == 1 else c.imbalance
-
-
-def gemm_rate(layout: Layout, width: int, c: Constants) -> float:
-    """FLOP/s of GEMMs whose narrow side is `width`."""
-    return layout.gpu.flops * c.gemm * width / (width + c.gemm_width)
-
-
-def stage_seconds(
-    job: Job, tokens: float, context: float, c: Constants, *, train: bool
-) -> tuple[float, float]:
-    """One micro-batch of `tokens` tokens, forward or forward and backward: (seconds of a stage of layers, of the
-    stage that sets the pace).
-
-    Stages hold whole layers. The last one also holds the head, unless the layers do not divide: then its layers
-    are counted as few as balance needs.
-    """
-    model, lay = job.model, job.layout
-    chunks = lay.pipeline * lay.virtual
-    stage = _layer_seconds(job, tokens, context, c, -(-model.layers // chunks) * lay.virtual, train=train)
-    head = (3 if train else 1) * 2 * tokens * model.hidden * model.vocab
-    head /= lay.tensor * lay.context * gemm_rate(lay, model.hidden, c)
-    if model.layers % chunks == 0:
-        return stage, stage + head
-    whole = _layer_seconds(job, tokens, context, c, model.layers, train=train)
-    return stage, max(stage, (whole + head) / lay.pipeline)
-
-
-def _layer_seconds(
-    job: Job, tokens: float, context: float, c: Constants, layers: int, *, train: bool
-) -> float:
-    """`layers` layers of one micro-batch on the ranks of a stage."""
+def stage_seconds(job: Job, tokens: float, context: float, c: Constants, *, train: bool) -> float:
+    """One micro-batch of `tokens` tokens through one pipeline stage: forward, or forward and backward."""
     model, lay = job.model, job.layout
     passes = (4 if lay.recompute else 3) if train else 1
-    shards = lay.tensor * lay.context
-    gain = c.fp8_gain if lay.fp8 else 1.0
-    share = layers / model.layers
-    expert = 2 * tokens * model.active_expert * share / shards
-    dense = 2 * tokens * (model.active - model.active_expert - model.hidden * model.vocab) * share / shards
-    attention = 4 * model.attention_width * layers * context * tokens / shards
-    busy = (dense / gain + attention) / gemm_rate(lay, model.hidden, c)
-    if model.moe_layers:
-        expert *= imbalance(lay, c)
-        busy += expert / gain / gemm_rate(lay, model.expert_ffn, c)
-    busy *= passes
-    floor = c.layer_floor + model.moe_layers / model.layers * c.moe_floor
-    floor *= passes * layers * 1e-3 * host_factor(lay, c)
+    shards = lay.tensor * lay.context * lay.pipeline
+    rate = lay.gpu.flops * (c.fp8_gain if lay.fp8 else 1.0)
+    expert = 2 * tokens * model.active_expert / shards
+    dense = 2 * tokens * (model.active - model.active_expert) / shards
+    attention = 4 * model.attention_width * model.layers * context * tokens / shards
+    busy = dense / (rate * c.gemm_dense) + expert / (rate * c.gemm_expert)
+    busy = passes * (busy + attention / (lay.gpu.flops * c.gemm_dense))
+    moe = model.moe_layers / model.layers
+    floor = passes * model.layers / lay.pipeline * (c.layer_floor + moe * c.moe_floor) * 1e-3
     exchanges = (3 if lay.recompute else 2) if train else 1
-    moved = share * (_dispatch_seconds(job, tokens, c) + _tensor_seconds(job, tokens))
+    moved = _dispatch_seconds(job, tokens, c) + _tensor_seconds(job, tokens)
     return math.hypot(busy, floor) + exchanges * moved
 
 
 def _dispatch_seconds(job: Job, tokens: float, c: Constants) -> float:
-    """Expert all-to-all of one forward through all layers: there and back, inside and between nodes."""
+    """Expert all-to-all of one forward through a stage: there and back, inside and between nodes."""
     model, lay = job.model, job.layout
     if not model.moe_layers or lay.expert == 1:
         return 0.0
     size, node = lay.expert, lay.gpu.domain
-    row = tokens / lay.context / lay.tensor * model.hidden * 2 * imbalance(lay, c)
+    row = tokens / lay.context / lay.tensor * model.hidden * 2
     copies = min(model.top_k, size)
     per_node = lay.stack in ("bridge", "tuned")  # HybridEP sends one copy to a node
     far = max(0.0, 1 - node / size) * (min(size / node, copies) if per_node else copies)
     near = copies * (min(size, node) - 1) / size
     seconds = near / (c.dispatch * lay.gpu.link) + far / (c.network * 1e9)
-    return 2 * model.moe_layers * row * seconds
+    return 2 * model.moe_layers / lay.pipeline * row * seconds
 
 
 def _tensor_seconds(job: Job, tokens: float) -> float:
-    """Sequence-parallel gathers and scatters of one forward through all layers at NVLink's rate."""
+    """Sequence-parallel gathers and scatters of one forward through a stage at NVLink's rate."""
     model, lay = job.model, job.layout
     if lay.tensor == 1:
         return 0.0
     sent = 4 * tokens / lay.context * model.hidden * 2 * (lay.tensor - 1) / lay.tensor
-    return model.layers * sent / lay.gpu.link
+    return model.layers / lay.pipeline * sent / lay.gpu.link
 
 
 def optimizer_seconds(job: Job, c: Constants) -> float:
@@ -148,11 +106,10 @@ def train_time(job: Job, c: Constants) -> TrainTime:
     )  # fmt: skip
     factor, bubble = stack_factor(lay, c), (lay.pipeline - 1) / lay.virtual
     context = mean_context(job)
-    stage, pace = stage_seconds(job, tokens / count, context, c, train=True)
-    update = factor * (pace * count + stage * bubble) + optimizer_seconds(job, c)
+    forward_backward = stage_seconds(job, tokens / count, context, c, train=True) * factor
+    update = forward_backward * (count + bubble) + optimizer_seconds(job, c)
     joined = max(1.0, count / lay.logprob_batches)
-    stage, pace = stage_seconds(job, tokens / joined, context, c, train=False)
-    forward = factor * (pace * joined + stage * bubble)
+    forward = stage_seconds(job, tokens / joined, context, c, train=False) * factor * (joined + bubble)
     return TrainTime(
         updates=work.updates * update,
         forward=_forward_steps(job) * forward,
@@ -187,12 +144,9 @@ def decode_seconds(job: Job, sequences: Values, context: Values, c: Constants) -
     )
     cache = sequences * context * model.kv_bytes / min(ranks, model.kv_shards)
     memory = (weights / ranks + cache) / (lay.gpu.hbm * c.decode_hbm)
-    compute = sequences * 2 * model.active / ranks / gemm_rate(lay, model.hidden, c)
-    launches = model.layers * c.decode_layer + model.moe_layers * c.decode_moe
-    host = (c.decode_step * 1e-3 + launches * 1e-6) * host_factor(lay, c)
-    inside = min(ranks, lay.gpu.per_node)
-    hops = math.log2(inside) + FAR_HOP * math.log2(ranks / inside)
-    reduce = 2 * model.layers * c.allreduce * 1e-6 * hops
+    compute = sequences * 2 * model.active / ranks / (lay.gpu.flops * c.gemm_dense)
+    host = c.decode_step * 1e-3 + (model.layers * c.decode_layer + model.moe_layers * c.decode_moe) * 1e-6
+    reduce = 2 * model.layers * c.allreduce * 1e-6 * math.log2(ranks) if ranks > 1 else 0.0
     return np.asarray(np.maximum(memory, compute) + host + reduce)
 
 
@@ -206,21 +160,11 @@ def kv_tokens(job: Job, c: Constants) -> float:
     return room / (model.kv_bytes * max(1.0, ranks / model.kv_shards))
 
 
-def kv_need(job: Job) -> tuple[float, float]:
-    """(tokens of KV cache that one batch's requests of an engine want, tokens per sequence).
-
-    Sequences that start together hold most when (those still running) x (their length) is largest; at constant
-    concurrency each holds half the length of a length-weighted mean sequence.
-    """
+def kv_need(job: Job, c: Constants) -> tuple[float, float]:
+    """(tokens of KV cache that the requests of one engine want, tokens per sequence)."""
     work, lay = job.work, job.layout
     engines = max(1, lay.rollout_gpus // lay.rollout_tensor)
-    if lay.mode == "async":
-        mean, square = moments(work.lengths)
-        held = square / mean / 2
-    else:
-        reached, alive, _ = survival(work.lengths, GRID)
-        held = float((reached * alive).max())
-    per_sequence = work.prompt_tokens / work.samples + held
+    per_sequence = work.prompt_tokens / work.samples + c.kv_share * moments(work.lengths)[0]
     return work.sequences / engines * per_sequence, per_sequence
 
 
@@ -231,11 +175,11 @@ def rollout_seconds(job: Job, c: Constants) -> tuple[float, float]:
     each = work.sequences / engines
     prompts = max(work.prompts / engines, min(1.0, each))
     prefill = (
-        prompts * work.prompt_tokens * 2 * model.active / lay.rollout_tensor / gemm_rate(lay, model.hidden, c)
+        prompts * work.prompt_tokens * 2 * model.active / lay.rollout_tensor / (lay.gpu.flops * c.gemm_dense)
     )
     mean, square = moments(work.lengths)
     flight = each * (work.ahead if lay.mode == "async" else 1)
-    slots = max(1.0, min(flight, kv_tokens(job, c) / kv_need(job)[1], lay.max_sequences))
+    slots = max(1.0, min(flight, kv_tokens(job, c) / kv_need(job, c)[1], lay.max_sequences))
     busy = float(decode_seconds(job, slots, work.prompt_tokens + square / mean / 2, c))
     steady = prefill + each * mean / slots * busy
     if lay.mode == "async":
