@@ -89,6 +89,7 @@ def make_plan(cfg: Config, hf: Mapping[str, Any], options: Options, c: Constants
 
 def describe_job(cfg: Config, shape: ModelShape, options: Options) -> tuple[Job, list[str]]:
     """The configuration's step and layout, and what had to be assumed."""
+    _check_options(cfg, options)
     a, r = cfg.algorithm, cfg.rollout
     machine = options.gpu if isinstance(options.gpu, Gpu) else gpu(options.gpu)
     if not 0 <= options.rollout_nodes < options.nodes:
@@ -102,7 +103,10 @@ def describe_job(cfg: Config, shape: ModelShape, options: Options) -> tuple[Job,
         raise ConfigError(
             f"rollout.tensor_model_parallel_size={r.tensor_model_parallel_size} does not divide {gpus} GPUs"
         )
-    assumed.append("engines on all GPUs of " + ("their nodes" if options.rollout_nodes else "the cluster"))
+    if options.rollout_nodes:
+        assumed.append("engines on all GPUs of nodes of their own: redone does not run so on GPUs yet")
+    else:
+        assumed.append("engines on all GPUs of the cluster")
     assumed.append("trainer as fast as NeMo RL's on this GPU: redone has not been measured there")
     p = cfg.trainer.parallel
     layout = Layout(
@@ -139,6 +143,23 @@ def describe_job(cfg: Config, shape: ModelShape, options: Options) -> tuple[Job,
     return Job(model=planned(shape), work=work, layout=layout), assumed
 
 
+def _check_options(cfg: Config, options: Options) -> None:
+    """Raises ConfigError for a number that no run can have."""
+    if options.nodes < 1:
+        raise ConfigError(f"--nodes {options.nodes}: use 1 or more")
+    longest = cfg.data.max_prompt_length
+    if options.prompt_tokens is not None and not 1 <= options.prompt_tokens <= longest:
+        raise ConfigError(
+            f"--prompt-tokens {options.prompt_tokens:g} lies outside 1 .. {longest} (data.max_prompt_length)"
+        )
+    if not 0 < options.sigma <= 5:
+        raise ConfigError(f"--sigma {options.sigma:g} lies outside 0 .. 5 (0 excluded); usual are 0.3 to 1.2")
+    if options.host_memory is not None and not 1e9 <= options.host_memory < 1e15:
+        raise ConfigError(
+            f"--host-memory {options.host_memory:g} is no size of a node's RAM; give bytes, e.g. 2e12"
+        )
+
+
 def _lengths(cfg: Config, options: Options) -> tuple[Lengths, float, list[str]]:
     """(response lengths, mean prompt tokens, assumptions)."""
     cap, assumed = cfg.data.max_response_length, []
@@ -147,6 +168,7 @@ def _lengths(cfg: Config, options: Options) -> tuple[Lengths, float, list[str]]:
         prompt = cfg.data.max_prompt_length / 2
         assumed.append(f"mean prompt {prompt:g} tokens (half of data.max_prompt_length; --prompt-tokens)")
     if cfg.rollout.forced_lengths:
+        assumed.append("response lengths as rollout.forced_lengths says, whatever the command line says")
         return tuple(sorted(map(float, cfg.rollout.forced_lengths))), prompt, assumed
     if options.lengths_file:
         return from_file(options.lengths_file, cap), prompt, assumed
