@@ -20,7 +20,7 @@ from redone.planner.watch import read_multiplier
 
 EXIT_BLOCKED = 1
 DESCRIPTION = """Says whether a configuration fits, what binds, how long a step will take, and which layouts
-are near or faster. Starts nothing and needs no GPU. Predicted, not measured; what it had to assume is printed."""
+are near or faster. Starts nothing, needs no GPU. Predicted, not measured; what was assumed is printed."""
 EPILOG = """Memory: red does not fit, amber would not if activations were 20 % larger, green fits.
 Exit code: 0 go, 1 memory does not fit (redone submit stops there), 2 wrong input.
 

@@ -20,6 +20,11 @@ from redone.planner.phases import Sizes, cache_margin
 from redone.record.flops import model_flops
 
 GB = 1e9
+CONTEXT_SCATTER = (
+    1,
+    5,
+    9,
+)  # published packed runs with context parallelism against the model (notes, section 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,7 +50,7 @@ class Plan:
     name: str
     chosen: Candidate
     refused: tuple[str, ...]
-    sensitivity: tuple[tuple[float, float], ...]  # (engine memory share, step seconds), when refused for it
+    sensitivity: tuple[tuple[str, float], ...]  # (if, step seconds) over what is not known, when refused
     near: tuple[Candidate, ...]
     best: tuple[Candidate, ...]
     band: float  # P10-P90 as a factor
@@ -76,7 +81,7 @@ def make_plan(cfg: Config, hf: Mapping[str, Any], options: Options, c: Constants
         name=cfg.run.name,
         chosen=chosen,
         refused=refused,
-        sensitivity=tuple(_sensitivity(job, sizes, c)) if refused else (),
+        sensitivity=tuple(_sensitivity(chosen, c)) if refused else (),
         near=tuple(nearest(candidates, job.layout)) if not chosen.fits else (),
         best=tuple(fastest(candidates)),
         band=c.band_far,
@@ -213,12 +218,19 @@ def _refusals(job: Job, c: Constants) -> Iterator[str]:
         yield "trainer seconds: context parallelism on packed rows (published runs scatter by 5-9 x)"
 
 
-def _sensitivity(job: Job, sizes: Sizes, c: Constants) -> Iterator[tuple[float, float]]:
-    for delta in (-0.05, 0.0, 0.05, 0.1):
-        share = job.layout.utilization + delta
-        if 0 < share <= 0.98:
-            other = replace(job, layout=replace(job.layout, utilization=share))
-            yield share, assess(other, sizes, c).seconds.step
+def _sensitivity(chosen: Candidate, c: Constants) -> Iterator[tuple[str, float]]:
+    """The step over the range of what makes it unpredictable, everything else as predicted."""
+    lay, seconds = chosen.job.layout, chosen.seconds
+    if cache_margin(chosen.job, c) < MARGIN:
+        for delta in (-0.05, 0.0, 0.05, 0.1):
+            share = lay.utilization + delta
+            if 0 < share <= 0.98:
+                other = replace(chosen.job, layout=replace(lay, utilization=share))
+                yield f"{share:.2f} of GPU memory for the engine", assess(other, chosen.sizes, c).seconds.step
+    if lay.context > 1:
+        for slow in CONTEXT_SCATTER:
+            more = (slow - 1) * (seconds.logprobs + seconds.update)
+            yield f"trainer {slow} x as slow as counted", seconds.step + more
 
 
 def _mfu(job: Job, hf: Mapping[str, Any], chosen: Candidate) -> tuple[float, float]:

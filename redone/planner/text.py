@@ -37,10 +37,7 @@ def render(plan: Plan) -> str:
 def _seconds_lines(plan: Plan) -> list[str]:
     lay, s = plan.chosen.job.layout, plan.chosen.seconds
     if plan.refused:
-        rows = [
-            f"  {share:.2f} of GPU memory for the engine: {step:.0f} s a step"
-            for share, step in plan.sensitivity
-        ]
+        rows = [f"  {what}: {step:.0f} s a step" for what, step in plan.sensitivity]
         return ["seconds per step: not predicted", *(f"  {r}" for r in plan.refused), "  sensitivity:", *rows]
     low, high = s.step / plan.band, s.step * plan.band
     rate = plan.tokens / s.step / lay.gpus

@@ -154,6 +154,9 @@ def test_context_parallelism_on_packed_rows_is_refused() -> None:
     assert "context parallelism on packed rows" in plan.refused[0]
     text = render(plan)
     assert "not predicted" in text and "tokens/s/GPU" not in text
+    assert "trainer 5 x as slow" in text and "of GPU memory for the engine:" not in text
+    seconds, (low, _, high) = plan.chosen.seconds, (step for _, step in plan.sensitivity)
+    assert low == seconds.step and high == pytest.approx(low + 8 * (seconds.logprobs + seconds.update))
 
 
 def test_forced_lengths_win_and_the_plan_says_so() -> None:
