@@ -19,28 +19,43 @@ from redone.planner.text import render
 from redone.planner.watch import read_multiplier
 
 EXIT_BLOCKED = 1
+DESCRIPTION = """Says whether a configuration fits, what binds, how long a step will take, and which layouts
+are near or faster. Starts nothing, needs no GPU. Predicted, not measured; what was assumed is printed."""
+EPILOG = """Memory: red does not fit, amber would not if activations were 20 % larger, green fits.
+Exit code: 0 go, 1 memory does not fit (redone submit stops there), 2 wrong input.
+
+  redone plan configs/scaling/nemo_v06.yaml --nodes 4 --gpu h100 model.path=/models/Qwen3-30B-A3B"""
 
 
 def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `redone plan`; their names are Options' fields."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.description = DESCRIPTION
+    parser.epilog = EPILOG
     parser.add_argument("config", help="YAML file; of model.path only config.json is read")
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="override a key of the configuration")
-    parser.add_argument("--nodes", type=int, required=True, metavar="N")
-    parser.add_argument("--gpu", required=True, help=", ".join(GPUS))
-    parser.add_argument("--prompt-tokens", type=float, metavar="N", help="mean prompt")
-    parser.add_argument("--response-tokens", type=float, metavar="N", help="mean response")
-    parser.add_argument("--sigma", type=float, default=SIGMA, metavar="S", help="of log response lengths")
+    parser.add_argument("--nodes", type=int, required=True, metavar="N", help="nodes that the run gets")
+    parser.add_argument("--gpu", required=True, help=f"their GPUs: {', '.join(GPUS)}")
+    parser.add_argument("--prompt-tokens", type=float, metavar="N", help="mean prompt, in tokens")
+    parser.add_argument("--response-tokens", type=float, metavar="N", help="mean response, in tokens")
+    parser.add_argument(
+        "--sigma", type=float, default=SIGMA, metavar="S",
+        help="spread of response lengths: standard deviation of their logarithm (default: %(default)s)",
+    )  # fmt: skip
     parser.add_argument(
         "--lengths", dest="lengths_file", metavar="FILE", help="observed response lengths, one a line"
     )
-    parser.add_argument("--host-memory", type=float, metavar="BYTES", help="RAM of a node")
     parser.add_argument(
-        "--trainer-sleeps", action="store_true", help="trainer states leave the GPU in rollouts"
+        "--host-memory", type=float, metavar="BYTES", help="RAM of a node, e.g. 2e12 (default: by GPU)"
+    )
+    parser.add_argument(
+        "--trainer-sleeps", action="store_true", help="trainer states leave the GPU in rollouts (not built)"
     )
     parser.add_argument("--cpu-optimizer", action="store_true", help="optimizer states live on the host")
     parser.add_argument(
-        "--rollout-nodes", type=int, default=0, metavar="N", help="nodes for engines alone (asynchronous)"
-    )
+        "--rollout-nodes", type=int, default=0, metavar="N",
+        help="of them, nodes for engines alone (asynchronous; not built for GPUs)",
+    )  # fmt: skip
     parser.add_argument(
         "--fit", type=Path, metavar="RUN_FOLDER", help="a run's measured steps re-fit the prediction"
     )
@@ -64,8 +79,6 @@ def read_sizes(path: str | Path) -> dict[str, Any]:
 
 def build_plan(config: str | Path, overrides: Sequence[str], options: Options) -> Plan:
     """Load and plan. Raises ConfigError: one message that says what to change."""
-    if options.nodes < 1:
-        raise ConfigError(f"--nodes {options.nodes}: use 1 or more")
     cfg = load_config(config, overrides)
     return make_plan(cfg, read_sizes(cfg.model.path), options)
 
@@ -75,15 +88,18 @@ def plan_command(
 ) -> int:
     """Print the plan. Exit code 1 when the gate blocks, else 0."""
     plan = build_plan(config, overrides, options)
+    again = None if fit is None else refitted(plan, fit)
     sys.stdout.write(render(plan) + "\n")
-    if fit is not None:
-        sys.stdout.write(refitted(plan, fit) + "\n")
+    if again is not None:
+        sys.stdout.write(again + "\n")
     return EXIT_BLOCKED if gate(plan) else 0
 
 
 def refitted(plan: Plan, folder: Path) -> str:
     """The step with the multiplier of a measured run. Raises ConfigError when the folder has none."""
     multiplier, band = read_multiplier(folder)
+    if plan.refused:
+        return f"\nnot re-fitted by {folder}: this step is not predicted"
     step = plan.chosen.seconds.step * multiplier
     return (
         f"\nre-fitted by {folder}: x {multiplier:.2f} = {step:.1f} s a step, "

@@ -23,6 +23,7 @@ class Workload:
     prompt_tokens: float
     lengths: Lengths  # responses
     forward_passes: int  # log-probabilities of the actor and of a reference
+    ahead: int = 1  # steps that asynchronous engines may be ahead: batches of prompts in flight
 
     @property
     def sequences(self) -> int:

@@ -51,10 +51,20 @@ def from_file(path: str | Path, cap: float) -> Lengths:
     return tuple(sorted(map(float, values)))
 
 
+@functools.lru_cache(maxsize=256)
 def moments(lengths: Lengths) -> tuple[float, float]:
     """(mean, mean of squares)."""
     values = np.asarray(lengths)
     return float(values.mean()), float((values**2).mean())
+
+
+@functools.lru_cache(maxsize=256)
+def survival(lengths: Lengths, points: int) -> tuple[NDArray[np.float64], NDArray[np.float64], float]:
+    """(tokens, share of responses longer than that, tokens between two points) from 0 to the longest."""
+    values = np.asarray(lengths)
+    edges = np.linspace(0, values[-1], points + 1)[:-1]
+    alive = 1 - np.searchsorted(values, edges, side="right") / len(values)
+    return edges, alive, float(values[-1] / points)
 
 
 def draw(lengths: Lengths, count: int) -> NDArray[np.float64]:

@@ -12,8 +12,16 @@ from redone.planner.lengths import SIGMA, truncated_lognormal
 from redone.planner.models import PUBLISHED
 from redone.planner.throughput import predict, train_time
 
-# Micro-batches that NeMo RL's recipes join in a log-probability pass (logprob_batch_size).
-NEMO_LOGPROB = {"q30b": 4.0, "q32b": 4.0, "llama8b": 2.0}
+# What points.csv lacks of NeMo RL's recipes (examples/configs/recipes/llm/performance, v0.5.0 and v0.6.0):
+# logprob_batch_size, micro-batches that a log-probability pass joins, and gpu_memory_utilization.
+LOGPROB = {"q30b": 4.0, "q32b": 4.0, "llama8b": 2.0}
+LOGPROB_OF_ROW = {
+    "nemo-v0.6-q30b-sync-GB200-16-bf16": 2.0,
+    "nemo-v0.6-q30b-async1-GB200-16-bf16": 2.0,
+    "nemo-v0.5-dsv3-async1-H100-512-bf16": 2.0,
+    "nemo-v0.6-dsv3-async1-H100-512-bf16": 2.0,
+}
+UTILIZATION_OF_ROW = {"nemo-v0.6-q235b-sync-GB200-64-bf16": 0.4, "nemo-v0.6-dsv3-sync-GB200-128-bf16": 0.3}
 LINES = {"q25_3b": "q25", "q25_7b": "q25"}  # one model line
 
 
@@ -72,6 +80,11 @@ def read_holdout(path: str | Path) -> dict[str, str]:
     return found
 
 
+def _joined(row: dict[str, str]) -> float:
+    """Micro-batches that a log-probability pass joins."""
+    return LOGPROB_OF_ROW.get(row["id"], LOGPROB.get(row["model"], 1.0)) if row["stack"] == "nemo" else 1.0
+
+
 def _point(row: dict[str, str]) -> Point:
     model, training = PUBLISHED[row["model"]], row["mode"] == "train"
     size = {k: int(row[k]) for k in ("gbs", "prompts", "samples", "tgpus", "ggpus", "mb_tokens", "gen_tp")}
@@ -86,6 +99,7 @@ def _point(row: dict[str, str]) -> Point:
         prompt_tokens=prompt,
         lengths=lengths,
         forward_passes=2 if row["stack"] == "nemo" else 1,
+        ahead=max(1, int(row["mode"].removeprefix("async") or 1)) if row["mode"].startswith("async") else 1,
     )
     layout = Layout(
         gpu=gpu(row["hw"]),
@@ -99,10 +113,10 @@ def _point(row: dict[str, str]) -> Point:
         context=int(row["cp"]),
         rollout_tensor=max(1, size["gen_tp"]),
         budget=size["mb_tokens"] + (int(prompt) if row["stack"] == "skyrl" else 0),  # SkyRL: one sequence
-        logprob_batches=NEMO_LOGPROB.get(row["model"], 1.0) if row["stack"] == "nemo" else 1.0,
+        logprob_batches=_joined(row),
         recompute=row["recompute"] == "1",
         fp8=row["prec"] == "fp8",
-        utilization=0.6 if row["mode"] == "sync" else 0.8,  # NeMo RL's recipes
+        utilization=UTILIZATION_OF_ROW.get(row["id"], 0.6 if row["mode"] == "sync" else 0.8),
         stack="tuned" if row["tune"] == "1" else row["stack"],
     )
     return Point(

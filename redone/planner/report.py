@@ -20,6 +20,11 @@ from redone.planner.phases import Sizes, cache_margin
 from redone.record.flops import model_flops
 
 GB = 1e9
+CONTEXT_SCATTER = (
+    1,
+    5,
+    9,
+)  # published packed runs with context parallelism against the model (notes, section 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,7 +50,7 @@ class Plan:
     name: str
     chosen: Candidate
     refused: tuple[str, ...]
-    sensitivity: tuple[tuple[float, float], ...]  # (engine memory share, step seconds), when refused for it
+    sensitivity: tuple[tuple[str, float], ...]  # (if, step seconds) over what is not known, when refused
     near: tuple[Candidate, ...]
     best: tuple[Candidate, ...]
     band: float  # P10-P90 as a factor
@@ -76,7 +81,7 @@ def make_plan(cfg: Config, hf: Mapping[str, Any], options: Options, c: Constants
         name=cfg.run.name,
         chosen=chosen,
         refused=refused,
-        sensitivity=tuple(_sensitivity(job, sizes, c)) if refused else (),
+        sensitivity=tuple(_sensitivity(chosen, c)) if refused else (),
         near=tuple(nearest(candidates, job.layout)) if not chosen.fits else (),
         best=tuple(fastest(candidates)),
         band=c.band_far,
@@ -89,6 +94,7 @@ def make_plan(cfg: Config, hf: Mapping[str, Any], options: Options, c: Constants
 
 def describe_job(cfg: Config, shape: ModelShape, options: Options) -> tuple[Job, list[str]]:
     """The configuration's step and layout, and what had to be assumed."""
+    _check_options(cfg, options)
     a, r = cfg.algorithm, cfg.rollout
     machine = options.gpu if isinstance(options.gpu, Gpu) else gpu(options.gpu)
     if not 0 <= options.rollout_nodes < options.nodes:
@@ -102,7 +108,10 @@ def describe_job(cfg: Config, shape: ModelShape, options: Options) -> tuple[Job,
         raise ConfigError(
             f"rollout.tensor_model_parallel_size={r.tensor_model_parallel_size} does not divide {gpus} GPUs"
         )
-    assumed.append("engines on all GPUs of " + ("their nodes" if options.rollout_nodes else "the cluster"))
+    if options.rollout_nodes:
+        assumed.append("engines on all GPUs of nodes of their own: redone does not run so on GPUs yet")
+    else:
+        assumed.append("engines on all GPUs of the cluster")
     assumed.append("trainer as fast as NeMo RL's on this GPU: redone has not been measured there")
     p = cfg.trainer.parallel
     layout = Layout(
@@ -134,8 +143,26 @@ def describe_job(cfg: Config, shape: ModelShape, options: Options) -> tuple[Job,
         lengths=lengths,
         # as pipeline.step: with one update the old log-probabilities are the update's own
         forward_passes=(updates > 1 or a.importance.level != "off") + (a.kl.coef > 0),
+        ahead=max(1, r.max_staleness),
     )
     return Job(model=planned(shape), work=work, layout=layout), assumed
+
+
+def _check_options(cfg: Config, options: Options) -> None:
+    """Raises ConfigError for a number that no run can have."""
+    if options.nodes < 1:
+        raise ConfigError(f"--nodes {options.nodes}: use 1 or more")
+    longest = cfg.data.max_prompt_length
+    if options.prompt_tokens is not None and not 1 <= options.prompt_tokens <= longest:
+        raise ConfigError(
+            f"--prompt-tokens {options.prompt_tokens:g} lies outside 1 .. {longest} (data.max_prompt_length)"
+        )
+    if not 0 < options.sigma <= 5:
+        raise ConfigError(f"--sigma {options.sigma:g} lies outside 0 .. 5 (0 excluded); usual are 0.3 to 1.2")
+    if options.host_memory is not None and not 1e9 <= options.host_memory < 1e15:
+        raise ConfigError(
+            f"--host-memory {options.host_memory:g} is no size of a node's RAM; give bytes, e.g. 2e12"
+        )
 
 
 def _lengths(cfg: Config, options: Options) -> tuple[Lengths, float, list[str]]:
@@ -146,6 +173,7 @@ def _lengths(cfg: Config, options: Options) -> tuple[Lengths, float, list[str]]:
         prompt = cfg.data.max_prompt_length / 2
         assumed.append(f"mean prompt {prompt:g} tokens (half of data.max_prompt_length; --prompt-tokens)")
     if cfg.rollout.forced_lengths:
+        assumed.append("response lengths as rollout.forced_lengths says, whatever the command line says")
         return tuple(sorted(map(float, cfg.rollout.forced_lengths))), prompt, assumed
     if options.lengths_file:
         return from_file(options.lengths_file, cap), prompt, assumed
@@ -191,12 +219,19 @@ def _refusals(job: Job, c: Constants) -> Iterator[str]:
         yield "trainer seconds: context parallelism on packed rows (published runs scatter by 5-9 x)"
 
 
-def _sensitivity(job: Job, sizes: Sizes, c: Constants) -> Iterator[tuple[float, float]]:
-    for delta in (-0.05, 0.0, 0.05, 0.1):
-        share = job.layout.utilization + delta
-        if 0 < share <= 0.98:
-            other = replace(job, layout=replace(job.layout, utilization=share))
-            yield share, assess(other, sizes, c).seconds.step
+def _sensitivity(chosen: Candidate, c: Constants) -> Iterator[tuple[str, float]]:
+    """The step over the range of what makes it unpredictable, everything else as predicted."""
+    lay, seconds = chosen.job.layout, chosen.seconds
+    if cache_margin(chosen.job, c) < MARGIN:
+        for delta in (-0.05, 0.0, 0.05, 0.1):
+            share = lay.utilization + delta
+            if 0 < share <= 0.98:
+                other = replace(chosen.job, layout=replace(lay, utilization=share))
+                yield f"{share:.2f} of GPU memory for the engine", assess(other, chosen.sizes, c).seconds.step
+    if lay.context > 1:
+        for slow in CONTEXT_SCATTER:
+            more = (slow - 1) * (seconds.logprobs + seconds.update)
+            yield f"trainer {slow} x as slow as counted", seconds.step + more
 
 
 def _mfu(job: Job, hf: Mapping[str, Any], chosen: Candidate) -> tuple[float, float]:

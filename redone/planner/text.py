@@ -21,7 +21,8 @@ def render(plan: Plan) -> str:
             f"  {p.phase:18s} {p.rank:18s} {p.total / GB:7.1f} {p.limit / GB:7.1f}  {p.colour:6s} {p.binds}"
         )
     lines += ["", *_seconds_lines(plan)]
-    for title, chosen in (("nearest layouts that fit", plan.near), ("fastest layouts that fit", plan.best)):
+    fastest = f"fastest layouts that fit (differences below x {plan.band:g} lie inside the band)"
+    for title, chosen in (("nearest layouts that fit", plan.near), (fastest, plan.best)):
         if chosen:
             lines += ["", title]
             lines += [f"  {x.seconds.step:7.1f} s  {x.job.layout.name()}" for x in chosen]
@@ -36,10 +37,7 @@ def render(plan: Plan) -> str:
 def _seconds_lines(plan: Plan) -> list[str]:
     lay, s = plan.chosen.job.layout, plan.chosen.seconds
     if plan.refused:
-        rows = [
-            f"  {share:.2f} of GPU memory for the engine: {step:.0f} s a step"
-            for share, step in plan.sensitivity
-        ]
+        rows = [f"  {what}: {step:.0f} s a step" for what, step in plan.sensitivity]
         return ["seconds per step: not predicted", *(f"  {r}" for r in plan.refused), "  sensitivity:", *rows]
     low, high = s.step / plan.band, s.step * plan.band
     rate = plan.tokens / s.step / lay.gpus

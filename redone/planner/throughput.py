@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from redone.planner.hardware import DEFAULT, Constants
 from redone.planner.job import Job, stack_factor
-from redone.planner.lengths import microbatches, moments
+from redone.planner.lengths import microbatches, moments, survival
 
 Values = float | NDArray[np.float64]
 
@@ -127,8 +127,7 @@ def mean_context(job: Job) -> float:
     """Tokens that a mean token of a training row attends to."""
     prompt, (mean, square) = job.work.prompt_tokens, moments(job.work.lengths)
     if not job.layout.shared_prefix:
-        whole = np.asarray(job.work.lengths) + prompt
-        return float((whole**2).mean() / whole.mean() / 2)
+        return (prompt**2 + 2 * prompt * mean + square) / (prompt + mean) / 2
     group = job.work.samples
     attended = prompt**2 / 2 + group * (prompt * mean + square / 2)
     return attended / (prompt + group * mean)
@@ -179,18 +178,16 @@ def rollout_seconds(job: Job, c: Constants) -> tuple[float, float]:
         prompts * work.prompt_tokens * 2 * model.active / lay.rollout_tensor / (lay.gpu.flops * c.gemm_dense)
     )
     mean, square = moments(work.lengths)
-    slots = max(1.0, min(each, kv_tokens(job, c) / kv_need(job, c)[1], lay.max_sequences))
+    flight = each * (work.ahead if lay.mode == "async" else 1)
+    slots = max(1.0, min(flight, kv_tokens(job, c) / kv_need(job, c)[1], lay.max_sequences))
     busy = float(decode_seconds(job, slots, work.prompt_tokens + square / mean / 2, c))
     steady = prefill + each * mean / slots * busy
     if lay.mode == "async":
         return steady, steady
-    values = np.sort(work.lengths)
-    edges = np.linspace(0, values[-1], GRID + 1)
-    alive = 1 - np.searchsorted(values, edges[:-1], side="right") / len(values)
-    steps = decode_seconds(job, np.maximum(1.0, slots * alive), work.prompt_tokens + edges[:-1], c)
-    drain = (np.diff(edges) * steps).sum()
+    reached, alive, width = survival(work.lengths, GRID)
+    steps = decode_seconds(job, np.maximum(1.0, slots * alive), work.prompt_tokens + reached, c)
     waves = max(0.0, each / slots - 1) * mean * busy
-    return prefill + float(drain) + waves, steady
+    return prefill + width * float(steps.sum()) + waves, steady
 
 
 def sync_seconds(job: Job, c: Constants) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -89,9 +90,12 @@ def read_multiplier(folder: Path) -> tuple[float, float]:
     """(multiplier, band after it) of a run folder. Raises ConfigError when the run has none."""
     try:
         found = json.loads((folder / FILE).read_text(encoding="utf-8"))
-        return float(found["multiplier"]), float(found["band_after"])
-    except (OSError, ValueError, KeyError) as error:
+        multiplier, band = float(found["multiplier"]), float(found["band_after"])
+        if not (0 < multiplier < math.inf and 1 <= band < math.inf):
+            raise ValueError(f"multiplier {multiplier:g}, band {band:g}")
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
-            f"--fit {folder}: no {FILE} there ({error}); a run writes it after {STEPS} steps when "
+            f"--fit {folder}: no usable {FILE} there ({error}); a run writes it after {STEPS} steps when "
             "cluster.gpu is set"
         ) from error
+    return multiplier, band

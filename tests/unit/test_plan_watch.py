@@ -51,6 +51,8 @@ def test_three_steps_are_compared_with_the_band(tmp_path: Path) -> None:
     multiplier, band = read_multiplier(tmp_path)
     assert multiplier == pytest.approx(1.2) and band < plan.band
     assert f"{predicted * 1.2:.1f} s a step" in refitted(plan, tmp_path)
+    cramped = make_plan(nemo("rollout.gpu_memory_utilization=0.5"), HF, options)
+    assert "not re-fitted" in refitted(cramped, tmp_path)
 
 
 def test_a_slow_run_is_outside(tmp_path: Path) -> None:
@@ -71,6 +73,15 @@ def test_no_gpu_no_watch_and_an_unknown_one_is_refused(tmp_path: Path) -> None:
         PlanWatch.of(nemo("cluster.gpu=abacus"), HF)
     with pytest.raises(ConfigError, match=r"cluster\.gpu"):
         read_multiplier(tmp_path)
+    for wrong in (
+        "[]",
+        "{",
+        '{"multiplier": NaN, "band_after": 1.35}',
+        '{"multiplier": 0, "band_after": 1.35}',
+    ):
+        (tmp_path / "planned.json").write_text(wrong)
+        with pytest.raises(ConfigError, match=r"no usable planned\.json"):
+            read_multiplier(tmp_path)
 
 
 @pytest.mark.parametrize("path", LARGE, ids=lambda p: p.stem)

@@ -8,6 +8,7 @@ figure.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 
@@ -71,10 +72,10 @@ def test_held_out_rows_of_known_families(points: list[Point], held: dict[str, st
     e = chosen(points, held, "in")
     assert (e <= 0.25).mean() >= 0.80
     assert e.max() <= 0.60
-    assert np.median(e) <= 0.18  # measured 16.7 %; the target of 12 % is below
+    assert np.median(e) <= 0.18  # measured 16.6 %; the target of 12 % is below
 
 
-@pytest.mark.xfail(strict=True, reason="measured 16.7 %; held-out rows were never fitted on")
+@pytest.mark.xfail(strict=True, reason="measured 16.6 %; held-out rows were never fitted on")
 def test_target_in_family_median(points: list[Point], held: dict[str, str]) -> None:
     assert np.median(chosen(points, held, "in")) <= 0.12
 
@@ -82,10 +83,10 @@ def test_target_in_family_median(points: list[Point], held: dict[str, str]) -> N
 def test_held_out_families(points: list[Point], held: dict[str, str]) -> None:
     slow = [p.slowness() for p in points if held.get(p.id) == "cross"]
     assert max(max(s, 1 / s) for s in slow) <= 2.5
-    assert np.median(np.abs(np.array(slow) - 1)) <= 0.30  # measured 28.8 %; the target of 20 % is below
+    assert np.median(np.abs(np.array(slow) - 1)) <= 0.30  # measured 28.7 %; the target of 20 % is below
 
 
-@pytest.mark.xfail(strict=True, reason="measured 28.8 %; held-out rows were never fitted on")
+@pytest.mark.xfail(strict=True, reason="measured 28.7 %; held-out rows were never fitted on")
 def test_target_cross_family_median(points: list[Point], held: dict[str, str]) -> None:
     assert np.median(chosen(points, held, "cross")) <= 0.20
 
@@ -104,3 +105,19 @@ def test_the_band_covers_75_to_95_percent(points: list[Point], held: dict[str, s
 def test_calibration_rows_stay_where_the_fit_left_them(points: list[Point], held: dict[str, str]) -> None:
     e = errors([p for p in points if p.id not in held])
     assert len(e) == 26 and np.median(e) <= 0.09 and e.max() <= 0.40
+
+
+def test_rows_found_later_were_never_fitted_on(repo: Path, points: list[Point], held: dict[str, str]) -> None:
+    """Other layouts, GPU counts and modes of calibrated models."""
+    later = read_points(repo / "benchmarks/planner/more_points.csv")
+    assert len(later) == 7 and not {p.id for p in later} & ({p.id for p in points} | set(held))
+    assert errors(later).max() <= 0.35
+
+
+def test_engines_further_ahead_decode_more_sequences_at_once(repo: Path) -> None:
+    """192 H100, 8 steps ahead, published 34.5 s. With one batch in flight an engine decodes 64 sequences and
+    the prediction is twice as long."""
+    (row,) = [p for p in read_points(repo / "benchmarks/planner/more_points.csv") if "async8" in p.id]
+    assert row.job.work.ahead == 8 and abs(row.slowness() - 1) <= 0.10
+    one = replace(row, job=replace(row.job, work=replace(row.job.work, ahead=1)))
+    assert one.slowness() > 1.5

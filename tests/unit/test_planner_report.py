@@ -4,10 +4,12 @@ steps."""
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
+from redone_launcher.main import main
 from redone_launcher.plan import plan_command
 
 from redone.config.load import config_from_dict
@@ -134,11 +136,46 @@ def test_real_steps_refit_one_multiplier(asleep: Plan) -> None:
         (Options(nodes=4, gpu="h100", rollout_nodes=4), "--rollout-nodes 4"),
         (Options(nodes=4, gpu="h100", response_tokens=5000.0), "outside 1 .. 3584"),
         (Options(nodes=4, gpu="h100", lengths_file="no-such-file"), "--lengths no-such-file"),
+        (Options(nodes=0, gpu="h100"), "--nodes 0"),
+        (Options(nodes=4, gpu="h100", response_tokens=math.nan), "outside 1 .. 3584"),
+        (Options(nodes=4, gpu="h100", prompt_tokens=math.nan), "--prompt-tokens nan"),
+        (Options(nodes=4, gpu="h100", prompt_tokens=-5.0), "outside 1 .. 512"),
+        (Options(nodes=4, gpu="h100", prompt_tokens=513.0), "data.max_prompt_length"),
+        (Options(nodes=4, gpu="h100", sigma=0.0), "--sigma 0"),
+        (Options(nodes=4, gpu="h100", sigma=math.inf), "--sigma inf"),
+        (Options(nodes=4, gpu="h100", host_memory=-1.0), "--host-memory -1"),
+        (Options(nodes=4, gpu="h100", host_memory=2000.0), "give bytes"),
     ],
 )
 def test_bad_options_are_named(options: Options, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         make_plan(config(), HF, options)
+
+
+def test_context_parallelism_on_packed_rows_is_refused() -> None:
+    tree = {**TREE, "trainer": {**TREE["trainer"], "parallel": {"expert": 8, "context": 2}}}
+    options = Options(nodes=4, gpu="h100", trainer_sleeps=True, **LENGTHS)
+    plan = make_plan(config_from_dict(tree), HF, options)
+    assert "context parallelism on packed rows" in plan.refused[0]
+    text = render(plan)
+    assert "not predicted" in text and "tokens/s/GPU" not in text
+    assert "trainer 5 x as slow" in text and "of GPU memory for the engine:" not in text
+    seconds, (low, _, high) = plan.chosen.seconds, (step for _, step in plan.sensitivity)
+    assert low == seconds.step and high == pytest.approx(low + 8 * (seconds.logprobs + seconds.update))
+
+
+def test_forced_lengths_win_and_the_plan_says_so() -> None:
+    plan = make_plan(config(forced_lengths=[100, 200]), HF, Options(nodes=4, gpu="h100", **LENGTHS))
+    assert plan.chosen.job.work.lengths == (100.0, 200.0)
+    assert any("rollout.forced_lengths" in text for text in plan.assumed)
+
+
+def test_help_says_what_it_is_for_and_what_the_exit_codes_mean(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as done:
+        main(["plan", "--help"])
+    text = capsys.readouterr().out
+    assert done.value.code == 0 and "Exit code: 0 go, 1 memory does not fit" in text
+    assert "Starts nothing" in text and "redone plan configs/scaling/nemo_v06.yaml" in text
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
