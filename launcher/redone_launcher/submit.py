@@ -143,7 +143,7 @@ def _fits(cfg: Config, site: Site, found: dict[str, Partition]) -> None:
     partition, c = found[wanted], cfg.cluster
     if c.nodes > partition.nodes:
         raise SlurmError(f"--nodes {c.nodes}: partition {partition.name} has {partition.nodes} nodes")
-    if c.device == "cuda" and c.gpus_per_node > partition.gpus:
+    if c.device == "cuda" and cfg.node_gpus > partition.gpus:
         raise SlurmError(
             f"cluster.gpus_per_node={c.gpus_per_node}: the nodes of partition {partition.name} have "
             f"{partition.gpus} GPUs ({', '.join(partition.gres)})"
@@ -192,7 +192,7 @@ def sbatch_options(cfg: Config, site: Site, run: Path) -> list[str]:
         if value:
             lines.append(f"--{option}={value}")
     if c.device == "cuda":
-        lines.append(f"--gpus-per-node={site.gpu_type + ':' if site.gpu_type else ''}{c.gpus_per_node}")
+        lines.append(f"--gpus-per-node={site.gpu_type + ':' if site.gpu_type else ''}{cfg.node_gpus}")
     return lines + shlex.split(site.sbatch_args)
 
 

@@ -46,7 +46,7 @@ from redone.engine.rollout import START_FAILURES, RolloutEngine, wants_routes
 from redone.engine.routes import MARK, RouteExtension, unpack
 from redone.errors import EngineDied, EngineError
 from redone.types import Completion, Finish, FloatArray, Sampling, TensorMeta, VersionSpan, WeightBucket
-from redone.weights.channel import ShmReader
+from redone.weights.digest import Channel
 from redone.weights.units import unit_of
 
 BACKEND = "redone_shm"
@@ -68,7 +68,7 @@ class ShmInitInfo(WeightTransferInitInfo):
 class ShmUpdateInfo(WeightTransferUpdateInfo):
     """One bucket's tensors within the mapped file."""
 
-    reader: ShmReader
+    reader: Channel
     tensors: Sequence[TensorMeta] = ()
 
 
@@ -156,7 +156,7 @@ class WorkerExtension(CaptureExtension, RouteExtension):
         bucket = WeightBucket(version=version, index=index, location=location, digests=tuple(digests))
         return self._redone_receiver.load(bucket, set(names), self._redone_install)
 
-    def _redone_install(self, reader: ShmReader, tensors: Sequence[TensorMeta]) -> None:
+    def _redone_install(self, reader: Channel, tensors: Sequence[TensorMeta]) -> None:
         self.update_weights({"reader": reader, "tensors": tensors})  # type: ignore[attr-defined]
 
     def redone_commit(self) -> str | None:
@@ -383,7 +383,9 @@ def engine_arguments(cfg: Config, limit: int) -> dict[str, Any]:
         args["block_size"] = engine.block_size
     if cuda:
         args["enable_return_routed_experts"] = wants_routes(cfg)
-        return args | dict(gpu_memory_utilization=cfg.rollout.gpu_memory_utilization, enable_sleep_mode=True)
+        return args | dict(
+            gpu_memory_utilization=cfg.rollout.gpu_memory_utilization, enable_sleep_mode=cfg.shared_gpus
+        )
     args.setdefault("block_size", CPU_BLOCK_SIZE)
     return args | dict(
         kv_cache_memory_bytes=(engine.kv_cache_mb or CPU_KV_CACHE_MB) << 20,

@@ -122,7 +122,7 @@ def describe_job(cfg: Config, shape: ModelShape, options: Options) -> tuple[Job,
         utilization=r.gpu_memory_utilization,
         max_sequences=r.engine.max_num_seqs,
         cpu_optimizer=options.cpu_optimizer or cfg.trainer.optim.cpu_offload == 1,
-        trainer_sleeps=options.trainer_sleeps,
+        trainer_sleeps=options.trainer_sleeps or cfg.trainer.offload,
     )
     updates = max(1, a.train_batch_size // a.ppo_mini_batch_size) * a.ppo_epochs
     work = Workload(

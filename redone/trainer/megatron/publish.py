@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from redone.trainer.megatron.export import Exporter
 from redone.types import TensorMeta, WeightBucket, WeightPlan
 from redone.weights.channel import ShmWriter
+from redone.weights.collective import CollectiveWriter, bucket_span
 from redone.weights.digest import digest
 from redone.weights.units import unit_of
 
@@ -20,12 +21,18 @@ class Publisher:
     """Writes version after version into a channel. Every rank calls publish; rank 0 writes.
 
     Args:
-        flush: write every bucket out before it is announced (weights.channel=file).
         delta: leave out units (redone.weights.units) of which no rank's shards changed since the last time.
+        open_writer: (location, bytes) -> rank 0's end of the channel.
     """
 
-    def __init__(self, exporter: Exporter, plan: WeightPlan, delta: bool, flush: bool) -> None:
-        self.exporter, self.plan, self.delta, self.flush = exporter, plan, delta, flush
+    def __init__(
+        self,
+        exporter: Exporter,
+        plan: WeightPlan,
+        delta: bool,
+        open_writer: Callable[[str, int], ShmWriter],
+    ) -> None:
+        self.exporter, self.plan, self.delta, self._open = exporter, plan, delta, open_writer
         self._digests: dict[str, Future[int]] = {}  # of what the channel holds, by Hugging Face name (rank 0)
         self._shards: dict[str, int] = {}  # of this rank's parameters, by Megatron name
         self._last: tuple[str, int] | None = None  # location and version of the last complete publication
@@ -42,6 +49,7 @@ class Publisher:
         skip = self._unchanged_units() if self.delta else frozenset()
         if base is None:
             skip = frozenset()
+        address = self._open_channel(location) if dist.get_rank() == 0 else ""
         places = {meta.name: meta for meta in self.plan.tensors}
         last_of = {self.plan.tensors[last - 1].name: i for i, (_, last) in enumerate(self.plan.buckets)}
         written = 0
@@ -53,17 +61,36 @@ class Publisher:
                 found, tensor = next(done)
                 assert found == name, f"exporter gave {found} in the place of {name}"
                 if tensor is not None:
-                    self._digests[name] = self._write(location, places[name], tensor)
+                    self._digests[name] = self._write(places[name], tensor)
                     written += places[name].nbytes
             if name in last_of and dist.get_rank() == 0:
                 index = last_of[name]
-                if self.flush and self._writer is not None:
-                    self._writer[1].flush()
+                self.writer.announce(*bucket_span(self.plan, index))
                 total = self.exporter.received_bytes
-                yield self._bucket(location, version, index, skip, base, written, total - gathered)
+                yield self._bucket(address, version, index, skip, base, written, total - gathered)
                 written, gathered = 0, total
         assert next(done, None) is None, "the exporter has more tensors than the plan"
+        if dist.get_rank() == 0:
+            self.writer.finish()
         self._last = (location, version)
+
+    def publish_again(self, location: str) -> None:
+        """Rank 0: the last version for engines that missed it (weights.channel=collective)."""
+        assert isinstance(self.writer, CollectiveWriter)
+        spans = [bucket_span(self.plan, index) for index in range(len(self.plan.buckets))]
+        self.writer.send_again(location, spans)
+
+    @property
+    def writer(self) -> ShmWriter:
+        assert self._writer is not None, "nothing was published yet"
+        return self._writer[1]
+
+    def _open_channel(self, location: str) -> str:
+        """The address of the publication that begins."""
+        if self._writer is None or self._writer[0] != location:
+            self._close_writer()
+            self._writer = (location, self._open(location, self.plan.total_bytes))
+        return self.writer.begin()
 
     def _bucket(
         self,
@@ -103,12 +130,9 @@ class Publisher:
         dist.all_gather_object(everyone, changed)
         return frozenset({unit_of(meta.name) for meta in self.plan.tensors} - set().union(*everyone))
 
-    def _write(self, location: str, meta: TensorMeta, tensor: Tensor) -> Future[int]:
+    def _write(self, meta: TensorMeta, tensor: Tensor) -> Future[int]:
         """Copy into the channel; the digest of what is there now, computed while the next one is copied."""
-        if self._writer is None or self._writer[0] != location:
-            self._close_writer()
-            self._writer = (location, ShmWriter(location, self.plan.total_bytes))
-        view = self._writer[1].view(meta.offset, meta.nbytes)
+        view = self.writer.view(meta.offset, meta.nbytes)
         source = tensor.detach()
         view.view(source.dtype).view(source.shape).copy_(source)
         return self._hasher.submit(digest, view)
