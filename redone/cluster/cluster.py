@@ -113,6 +113,9 @@ class RayCluster:
         if trainers:
             self._group = RayTrainerGroup(cfg, trainers, infos, self.location)
             self._join_sides()
+            if engines and cfg.weights.quantization != "none":  # they started without weights
+                with self._group.awake("weights"), self._fleet.awake("weights"):
+                    self._fleet.load(self._group.plan, self._group.publish(0), 0)
 
     def _join_sides(self) -> None:
         """What each side needs of the other."""

@@ -21,7 +21,7 @@ from redone.cluster.turns import Turns
 from redone.config.schema import Config
 from redone.errors import EngineDied, EngineError, RedoneError
 from redone.types import CanaryReading, Completion, FloatArray, Sampling, WeightBucket, WeightPlan
-from redone.weights.collective import elsewhere, is_collective
+from redone.weights.collective import elsewhere
 
 log = logging.getLogger(__name__)
 
@@ -158,8 +158,13 @@ class RayEngineFleet:
         """Give an engine the weights that all hold, from the channel; then the calls `last`."""
         if (held := self.held) is None:
             return
-        buckets, sent = held.buckets, None
-        if is_collective(buckets[0].location):
+        buckets, sent, channel = held.buckets, None, self.cfg.weights.channel
+        if channel == "ipc":
+            raise EngineError(
+                f"{peer.name} was started again, and weights.channel=ipc keeps no copy of the weights for it; "
+                "go on with --resume, or use weights.channel=shm"
+            )
+        if channel == "collective":
             assert self.publish_again is not None
             ranks = self.cfg.rollout.tensor_model_parallel_size
             location = elsewhere(buckets[0].location, f"again{next(self._again)}", ranks)
@@ -279,7 +284,7 @@ class RayEngineFleet:
             except RedoneError as error:
                 cut_off[engine] = error
         # A group that loses a member fails as a whole: the others have to be served again.
-        if cut_off and not (lost and is_collective(arrived[0].location)):
+        if cut_off and not (lost and self.cfg.weights.channel == "collective"):
             raise next(iter(cut_off.values()))
         for engine in cut_off:
             self._restore(self.peers[engine], last=())

@@ -96,7 +96,7 @@ class RayTrainerGroup:
 
     def push(self, engines: EngineFleet, version: int) -> dict[str, float]:
         moved = Moved(self.plan)
-        engines.load(self.plan, moved.watch(self._publish(version)), version)
+        engines.load(self.plan, moved.watch(self.publish(version)), version)
         metrics = {**moved.metrics(), "sync/version": float(version)}
         self.pushes += 1
         every = self.cfg.weights.canary.every
@@ -104,7 +104,7 @@ class RayTrainerGroup:
             metrics |= self.check_canary(engines, version)
         return metrics
 
-    def _publish(self, version: int) -> Iterator[WeightBucket]:
+    def publish(self, version: int) -> Iterator[WeightBucket]:
         """Buckets as rank 0 writes them, while all ranks gather."""
         first, *others = self.peers
         timeout = self.cfg.trainer.timeout_s

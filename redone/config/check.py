@@ -248,6 +248,12 @@ def _engines(cfg: Config) -> Iterator[str]:
             f"trainer.offload=true with rollout.max_staleness={r.max_staleness}: trainer and engines work at "
             "the same time and cannot share memory in turn; use offload=false, or max_staleness=0"
         )
+    if cfg.weights.channel == "ipc" and not cfg.shared_gpus:
+        why = "there is no CUDA" if c.device != "cuda" else f"rollout.gpus_per_node={r.gpus_per_node}"
+        yield (
+            f"weights.channel=ipc needs engines and trainer on the same GPUs ({why}); use "
+            f"{'shm' if c.device != 'cuda' else 'collective'}"
+        )
     if c.nodes > 1 and cfg.weights.channel == "shm":
         yield (
             f"cluster.nodes={c.nodes}: weights.channel=shm reaches one node only; use "
@@ -301,7 +307,19 @@ def _trainer(cfg: Config) -> Iterator[str]:
             "checkpoint.asynchronous=true with checkpoint.export_hf=false: the run could end before its last "
             "checkpoint is written; the export waits for it: set checkpoint.export_hf=true"
         )
+    if cfg.weights.quantization != "none":
+        yield from _quantization(cfg)
     yield from _kernels(cfg)
+
+
+def _quantization(cfg: Config) -> Iterator[str]:
+    key = f"weights.quantization={cfg.weights.quantization}"
+    if cfg.cluster.device != "cuda":
+        yield f"{key} needs cluster.device=cuda; set it to none"
+    if not isinstance(cfg.rollout.engine, VllmEngine):
+        yield f"{key} with rollout.engine.type={cfg.rollout.engine.type}; use vllm, or quantization none"
+    if cfg.model.dtype != "bfloat16":
+        yield f"{key} needs model.dtype=bfloat16 for all that stays unquantised; it is {cfg.model.dtype}"
 
 
 def _kernels(cfg: Config) -> Iterator[str]:

@@ -279,16 +279,22 @@ class CanaryConfig(Section):
 
 
 class WeightsConfig(Section):
-    channel: Literal["shm", "file", "collective"] = Field(
+    channel: Literal["shm", "file", "collective", "ipc"] = Field(
         "shm",
         description="How weights reach the engines. shm: shared memory, one node. file: a file in"
         " `weights.dir`, which every node must see. collective: broadcast by trainer rank 0 to every engine"
-        " rank, on any number of nodes; NCCL with rollout.gpus_per_node > 0, else gloo.",
+        " rank, on any number of nodes; NCCL with rollout.gpus_per_node > 0, else gloo."
+        " ipc: over NCCL to every trainer rank, by CUDA IPC to the engine rank on the same GPU.",
     )
     bucket_bytes: int = Field(64 * 2**20, ge=1024, description="Bytes per bucket.")
     delta: bool = Field(
         False,
         description="Send only layers that changed, told by digest: for frozen or partly trained models.",
+    )
+    quantization: Literal["none", "fp8_block"] = Field(
+        "none",
+        description="fp8_block: engines (vLLM, CUDA) hold and receive projections as e4m3 with a factor per"
+        " 128 x 128 block; the trainer keeps model.dtype. The canary's tolerance must allow for it.",
     )
     dir: str | None = Field(
         None,
@@ -301,8 +307,10 @@ class WeightsConfig(Section):
     def _has_folder(self) -> WeightsConfig:
         if self.channel == "file" and not self.dir:
             raise ValueError("channel=file needs dir: a folder that every node sees and can write")
-        if self.channel == "collective" and self.delta:
-            raise ValueError("delta=true with channel=collective: buckets are sent whole; set delta=false")
+        if self.channel in ("collective", "ipc") and self.delta:
+            raise ValueError(
+                f"delta=true with channel={self.channel}: buckets are sent whole; set delta=false"
+            )
         return self
 
 

@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 SCHEME = "collective"
 MEET_S = 60.0  # for members to arrive: engines are paused and wait for the first bucket
 Span = tuple[int, int]  # offset, bytes
-CollectiveBackend = Literal["gloo", "nccl"]
+CollectiveBackend = Literal["gloo", "nccl", "ipc"]  # ipc: redone.weights.ipc
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,7 +59,7 @@ class Meeting:
         parts = urlsplit(location)
         query = {name: values[0] for name, values in parse_qs(parts.query).items()}
         try:
-            assert parts.hostname and parts.port and query["backend"] in ("gloo", "nccl")
+            assert parts.hostname and parts.port and query["backend"] in ("gloo", "nccl", "ipc")
             return Meeting(
                 host=parts.hostname,
                 port=parts.port,

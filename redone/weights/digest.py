@@ -18,6 +18,21 @@ class Channel(Protocol):
     def view(self, offset: int, nbytes: int) -> torch.Tensor: ...
 
 
+class Writer(Channel, Protocol):
+    """A trainer rank's end. Every rank that has one calls begin, announce (per bucket) and finish alike."""
+
+    def begin(self) -> str:
+        """Before a publication; on rank 0 the address that its buckets carry."""
+
+    def announce(self, offset: int, nbytes: int) -> None:
+        """A bucket is complete: make it visible to those who will hear of it."""
+
+    def finish(self) -> None:
+        """After a publication's last bucket."""
+
+    def close(self) -> None: ...
+
+
 class Reader(Channel, Protocol):
     """An engine rank's end."""
 

@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
@@ -179,17 +180,23 @@ def test_a_member_that_never_comes_times_out(tmp_path: Path, threads: ThreadPool
     sender.writer.close()
 
 
-def _die_after(buckets: tuple[WeightBucket, ...]) -> None:
-    Rank().load(buckets)
+def _die_after(pipe: Connection) -> None:
+    """Says that it is there, loads the buckets that it gets, dies."""
+    pipe.send("imported")
+    Rank().load(pipe.recv())
     os._exit(9)
 
 
 @pytest.mark.slow
 def test_a_dead_member_fails_the_others_at_once(tmp_path: Path, threads: ThreadPoolExecutor) -> None:
     sender, rank = Sender(tmp_path / "w", size=3, timeout_s=60.0), Rank()
-    buckets = sender.publish()
-    dying = multiprocessing.get_context("spawn").Process(target=_die_after, args=(buckets[:1],))
+    spawn = multiprocessing.get_context("spawn")
+    ours, theirs = spawn.Pipe()
+    dying = spawn.Process(target=_die_after, args=(theirs,))
     dying.start()
+    assert ours.recv() == "imported"
+    buckets = sender.publish()
+    ours.send(buckets[:1])
     first = rank.load(buckets[:1])
     assert first == [None]
     dying.join()

@@ -35,6 +35,7 @@ from redone.trainer.megatron.streams import residual_streams
 from redone.types import FloatArray, Policy, RouteArray, Shard, UpdateReport, WeightBucket, WeightPlan
 from redone.weights.open import open_writer
 from redone.weights.plan import make_plan
+from redone.weights.quantize import quantized_metas
 
 log = logging.getLogger(__name__)
 
@@ -210,6 +211,8 @@ class MegatronTrainer:
     @on_device
     def weight_plan(self, bucket_bytes: int) -> WeightPlan:
         metas = [(name, self.cfg.model.dtype, shape) for name, shape in hf_tensors(self.shape)]
+        if self.cfg.weights.quantization != "none":
+            metas = list(quantized_metas(metas))
         self.plan = make_plan(metas, bucket_bytes)
         self.publisher = None
         return self.plan
@@ -229,7 +232,8 @@ class MegatronTrainer:
                 self.exporter,
                 plan,
                 weights.delta,
-                lambda place, size: open_writer(self.cfg, place, size, self.host),
+                lambda place: open_writer(self.cfg, place, plan, self.host, self.rank),
+                quantize=weights.quantization != "none",
             )
         return self.publisher.publish(location, version, weights.bucket_bytes)
 

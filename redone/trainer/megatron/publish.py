@@ -11,9 +11,9 @@ from torch import Tensor
 
 from redone.trainer.megatron.export import Exporter
 from redone.types import TensorMeta, WeightBucket, WeightPlan
-from redone.weights.channel import ShmWriter
 from redone.weights.collective import CollectiveWriter, bucket_span
-from redone.weights.digest import digest
+from redone.weights.digest import Writer, digest
+from redone.weights.quantize import quantized_tensors
 from redone.weights.units import unit_of
 
 
@@ -22,7 +22,8 @@ class Publisher:
 
     Args:
         delta: leave out units (redone.weights.units) of which no rank's shards changed since the last time.
-        open_writer: (location, bytes) -> rank 0's end of the channel.
+        open_writer: location -> this rank's end of the channel; None where rank 0 alone has one.
+        quantize: the plan is of block-quantised weights (redone.weights.quantize).
     """
 
     def __init__(
@@ -30,13 +31,15 @@ class Publisher:
         exporter: Exporter,
         plan: WeightPlan,
         delta: bool,
-        open_writer: Callable[[str, int], ShmWriter],
+        open_writer: Callable[[str], Writer | None],
+        quantize: bool = False,
     ) -> None:
         self.exporter, self.plan, self.delta, self._open = exporter, plan, delta, open_writer
+        self.quantize = quantize
         self._digests: dict[str, Future[int]] = {}  # of what the channel holds, by Hugging Face name (rank 0)
         self._shards: dict[str, int] = {}  # of this rank's parameters, by Megatron name
         self._last: tuple[str, int] | None = None  # location and version of the last complete publication
-        self._writer: tuple[str, ShmWriter] | None = None
+        self._writer: tuple[str, Writer | None] | None = None
         self._hasher = ThreadPoolExecutor(1, thread_name_prefix="digest")  # hashing lets the copying go on
 
     def publish(self, location: str, version: int, bucket_bytes: int) -> Iterator[WeightBucket]:
@@ -49,13 +52,14 @@ class Publisher:
         skip = self._unchanged_units() if self.delta else frozenset()
         if base is None:
             skip = frozenset()
-        address = self._open_channel(location) if dist.get_rank() == 0 else ""
+        address = self._open_channel(location)
         places = {meta.name: meta for meta in self.plan.tensors}
         last_of = {self.plan.tensors[last - 1].name: i for i, (_, last) in enumerate(self.plan.buckets)}
         written = 0
         gathered = self.exporter.received_bytes
         skipped = [meta.name for meta in self.plan.tensors if unit_of(meta.name) in skip]
-        done = iter(self.exporter.stream(bucket_bytes, frozenset(skipped)))
+        stream = self.exporter.stream(bucket_bytes, frozenset(skipped))
+        done = quantized_tensors(stream) if self.quantize else stream
         for name in (meta.name for meta in self.plan.tensors):
             if name not in skipped:
                 found, tensor = next(done)
@@ -63,14 +67,17 @@ class Publisher:
                 if tensor is not None:
                     self._digests[name] = self._write(places[name], tensor)
                     written += places[name].nbytes
-            if name in last_of and dist.get_rank() == 0:
+            if name in last_of:
                 index = last_of[name]
-                self.writer.announce(*bucket_span(self.plan, index))
+                if self.writer is not None:
+                    self.writer.announce(*bucket_span(self.plan, index))
+                if dist.get_rank() != 0:
+                    continue
                 total = self.exporter.received_bytes
                 yield self._bucket(address, version, index, skip, base, written, total - gathered)
                 written, gathered = 0, total
         assert next(done, None) is None, "the exporter has more tensors than the plan"
-        if dist.get_rank() == 0:
+        if self.writer is not None:
             self.writer.finish()
         self._last = (location, version)
 
@@ -81,16 +88,16 @@ class Publisher:
         self.writer.send_again(location, spans)
 
     @property
-    def writer(self) -> ShmWriter:
-        assert self._writer is not None, "nothing was published yet"
-        return self._writer[1]
+    def writer(self) -> Writer | None:
+        """This rank's end of the channel that was published into last."""
+        return None if self._writer is None else self._writer[1]
 
     def _open_channel(self, location: str) -> str:
         """The address of the publication that begins."""
         if self._writer is None or self._writer[0] != location:
             self._close_writer()
-            self._writer = (location, self._open(location, self.plan.total_bytes))
-        return self.writer.begin()
+            self._writer = (location, self._open(location))
+        return "" if self.writer is None else self.writer.begin()
 
     def _bucket(
         self,
@@ -132,6 +139,7 @@ class Publisher:
 
     def _write(self, meta: TensorMeta, tensor: Tensor) -> Future[int]:
         """Copy into the channel; the digest of what is there now, computed while the next one is copied."""
+        assert self.writer is not None
         view = self.writer.view(meta.offset, meta.nbytes)
         source = tensor.detach()
         view.view(source.dtype).view(source.shape).copy_(source)
@@ -142,9 +150,9 @@ class Publisher:
         self._close_writer()
 
     def _close_writer(self) -> None:
-        if self._writer is not None:
-            self._writer[1].close()
-            self._writer = None
+        if self.writer is not None:
+            self.writer.close()
+        self._writer = None
 
 
 def _bytes(tensor: Tensor) -> Tensor:
