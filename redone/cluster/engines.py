@@ -161,8 +161,8 @@ class RayEngineFleet:
         buckets, sent, channel = held.buckets, None, self.cfg.weights.channel
         if channel == "ipc":
             raise EngineError(
-                f"{peer.name} was started again, and weights.channel=ipc keeps no copy of the weights for it; "
-                "go on with --resume, or use weights.channel=shm"
+                f"{peer.name} was started again, and weights.channel=ipc keeps no copy of the weights for it;"
+                " go on with --resume, or use weights.channel=shm"
             )
         if channel == "collective":
             assert self.publish_again is not None

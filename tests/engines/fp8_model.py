@@ -1,4 +1,4 @@
-"""`python fp8_model.py FOLDER KIND`: vLLM's own fp8 model on the CPU, loaded with what a trainer would publish.
+"""`python fp8_model.py FOLDER KIND`: vLLM's own fp8 model on the CPU, loaded with a trainer's tensors.
 
 vLLM's CPU kernels for block-quantised products need AMX; this script takes the choice of a kernel away (no
 product is ever computed) and leaves everything else to vLLM: configuration, parameters, loaders. Prints JSON.

@@ -1,4 +1,4 @@
-"""The tensors of weights.quantization=fp8_block are those that vLLM's fp8 models declare; all land in place."""
+"""The tensors of weights.quantization=fp8_block are those of vLLM's fp8 models, and land in place."""
 
 from __future__ import annotations
 

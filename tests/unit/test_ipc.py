@@ -30,11 +30,12 @@ class FileHandles:
     """Memory of a "device": files that both ends map."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
+        self.folder, self.count = folder, 0
         self.names: dict[int, str] = {}
 
     def allocate(self, nbytes: int) -> torch.Tensor:
-        name = str(self.folder / f"slot{len(self.names)}")
+        self.count += 1
+        name = str(self.folder / f"slot{self.count}")
         data = torch.from_file(name, shared=True, size=nbytes, dtype=torch.uint8)
         self.names[data.data_ptr()] = name
         return data
