@@ -152,7 +152,7 @@ def _comparable(facts: Facts) -> dict[str, str]:
 def _shm(cfg: Config) -> float:
     """GB that Ray's object store and the weight channel take of /dev/shm."""
     need = cfg.cluster.ray.object_store_mb * 2**20
-    if cfg.weights.channel == "shm" and not cfg.weights.dir:
+    if cfg.weights.channel in ("shm", "collective") and not cfg.weights.dir:
         need += sum(f.stat().st_size for f in Path(cfg.model.path).glob("*.safetensors"))
     return need / GB
 
