@@ -114,6 +114,8 @@ def _gate(cfg: Config, request: Request, site: Site) -> tuple[str, list[str]]:
     """(plan as text, warnings). Raises ConfigError when memory does not fit, unless forced."""
     if cfg.cluster.device != "cuda":
         return "", ["cluster.device=cpu: the planner knows GPUs only, so there was no gate"]
+    if cfg.rollout.gpus_per_node:
+        return "", ["rollout.gpus_per_node cannot be planned, so there was no gate"]
     from redone.planner.report import Options, gate, make_plan, warnings
     from redone.planner.text import render as plan_as_text
     from redone_launcher.plan import read_sizes

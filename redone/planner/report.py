@@ -95,6 +95,11 @@ def describe_job(cfg: Config, shape: ModelShape, options: Options) -> tuple[Job,
         raise ConfigError(
             f"--rollout-nodes {options.rollout_nodes}: use 0 (colocated) .. {options.nodes - 1}"
         )
+    if r.gpus_per_node:
+        raise ConfigError(
+            f"rollout.gpus_per_node={r.gpus_per_node}: the planner knows engines on trainers' GPUs and on "
+            "nodes of their own (--rollout-nodes), not on other GPUs of the same nodes"
+        )
     lengths, prompt, assumed = _lengths(cfg, options)
     engines = options.rollout_nodes or options.nodes
     gpus = engines * machine.per_node

@@ -25,5 +25,5 @@ def test_turns_and_broadcast_change_nothing(workplace: Workplace) -> None:
     for m in workplace.metrics("turns")[1:]:
         for phase in ("rollout", "update", "weight_update"):
             before, peak = m[f"memory/{phase}_before_gb"], m[f"memory/{phase}_peak_gb"]
-            assert 0 < before and 0 < peak and m[f"memory/{phase}_after_gb"] > 0
+            assert before > 0 and peak > 0 and m[f"memory/{phase}_after_gb"] > 0
     assert not [k for m in workplace.metrics("plain") for k in m if k.startswith("memory/")]
