@@ -93,6 +93,7 @@ class _Group:
 
     def __init__(self, meeting: Meeting, store: TCPStore, rank: int) -> None:
         self.meeting, self.rank = meeting, rank
+        self._timeout = datetime.timedelta(seconds=meeting.timeout_s)
         self.device = torch.device("cpu")
         if meeting.backend == "nccl":
             self.device = torch.device("cuda", torch.cuda.current_device())
@@ -117,8 +118,7 @@ class _Group:
         if self._group is None:
             raise SyncError("weight channel: its group failed before")
         try:
-            timeout = datetime.timedelta(seconds=self.meeting.timeout_s)
-            self._group.broadcast(data, 0, timeout).wait()
+            self._group.broadcast(data, 0, self._timeout).wait()
             if data.is_cuda:
                 torch.cuda.current_stream().synchronize()
         except RuntimeError as error:
@@ -133,8 +133,10 @@ class _Group:
         """Wait for everybody, so that nobody closes a connection that another still reads from."""
         if self._group is None:
             return
+        options = dist.AllreduceOptions()
+        options.timeout = self._timeout
         try:
-            self._group.allreduce([torch.zeros(1, device=self.device)]).wait()
+            self._group.allreduce([torch.zeros(1, device=self.device)], options).wait()
         except RuntimeError as error:
             raise SyncError(f"weight channel: a member left before the end: {_first_line(error)}") from error
 
