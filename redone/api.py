@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from redone.config.schema import AlgorithmConfig
 
 Awake = Literal["all", "weights"]
+TrainerPart = Literal["all", "weights", "none"]  # of a rank's states: on the device
 
 
 class Trainer(Protocol):
@@ -57,6 +58,10 @@ class Trainer(Protocol):
         """Collective generator, to be exhausted on every rank: gather, rename, write bucket after bucket into
         the channel; rank 0 gets each one as soon as it is written, the others get none."""
 
+    def publish_again(self, location: str) -> None:
+        """Rank 0 alone, weights.channel=collective: send what was published last to the group at `location`
+        (redone.weights.collective). Raises SyncError when a member does not come."""
+
     def save(self, path: str) -> None: ...
 
     def load(self, path: str) -> None: ...
@@ -64,9 +69,16 @@ class Trainer(Protocol):
     def export(self, path: str) -> None:
         """Write a Hugging Face folder (rank 0 writes, all ranks take part)."""
 
-    def sleep(self) -> None: ...
+    def sleep(self) -> None:
+        """trainer.offload: give the device to the engines. Other methods bring what they need, and return
+        it."""
 
-    def wake(self) -> None: ...
+    def wake(self, what: TrainerPart) -> None:
+        """trainer.offload: exactly `what` is on the device afterwards."""
+
+    def memory(self) -> dict[str, float]:
+        """Bytes. states: of this rank, on its device. used: of the device, by all processes (CPU: of this
+        process). peak: the highest `used` since the last call, as far as this rank's allocations made it."""
 
     def close(self) -> None: ...
 
@@ -144,9 +156,14 @@ class TrainerGroup(Protocol):
 
     def check_canary(self, engines: EngineFleet, version: int) -> dict[str, float]:
         """Fixed prompts, trainer against every engine: SyncError above weights.canary.tolerance, which names
-        the first diverging layer."""
+        the first diverging layer. With trainer.offload the trainer sleeps first, the engines afterwards."""
 
-    def awake(self) -> AbstractContextManager[None]: ...
+    def awake(self, what: Awake = "all") -> AbstractContextManager[None]:
+        """Within awake("all"), awake("weights") gives back what an update alone needs."""
+
+    def memory(self) -> dict[str, float]:
+        """trainer.offload: memory/<phase>_{before,peak,after}_gb of the phases since the last call, the
+        fullest device's; phases are rollout, update, weight_update. Empty without it."""
 
     def save(self, path: str) -> None: ...
 

@@ -132,10 +132,10 @@ def judge_facts(
             if facts[key] < need:
                 name = "memory" if key == "ram_free_gb" else "/dev/shm"
                 problems.append(Problem(node, f"{facts[key]:.1f} GB of {name} free, {need:.1f} needed"))
-        if cfg.cluster.device == "cuda" and len(facts["gpus"]) < cfg.cluster.gpus_per_node:
-            problems.append(
-                Problem(node, f"{len(facts['gpus'])} GPUs, cluster.gpus_per_node={cfg.cluster.gpus_per_node}")
-            )
+        if cfg.cluster.device == "cuda" and len(facts["gpus"]) < cfg.node_gpus:
+            own = f" + rollout.gpus_per_node={cfg.rollout.gpus_per_node}" if cfg.rollout.gpus_per_node else ""
+            wanted = f"cluster.gpus_per_node={cfg.cluster.gpus_per_node}{own}"
+            problems.append(Problem(node, f"{len(facts['gpus'])} GPUs, {wanted}"))
     tables = {node: _comparable(facts) for node, facts in all_facts.items()}
     return problems + odd_ones(tables)
 
@@ -152,7 +152,7 @@ def _comparable(facts: Facts) -> dict[str, str]:
 def _shm(cfg: Config) -> float:
     """GB that Ray's object store and the weight channel take of /dev/shm."""
     need = cfg.cluster.ray.object_store_mb * 2**20
-    if cfg.weights.channel == "shm" and not cfg.weights.dir:
+    if cfg.weights.channel in ("shm", "collective") and not cfg.weights.dir:
         need += sum(f.stat().st_size for f in Path(cfg.model.path).glob("*.safetensors"))
     return need / GB
 

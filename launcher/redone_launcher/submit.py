@@ -114,6 +114,8 @@ def _gate(cfg: Config, request: Request, site: Site) -> tuple[str, list[str]]:
     """(plan as text, warnings). Raises ConfigError when memory does not fit, unless forced."""
     if cfg.cluster.device != "cuda":
         return "", ["cluster.device=cpu: the planner knows GPUs only, so there was no gate"]
+    if cfg.rollout.gpus_per_node:
+        return "", ["rollout.gpus_per_node cannot be planned, so there was no gate"]
     from redone.planner.report import Options, gate, make_plan, warnings
     from redone.planner.text import render as plan_as_text
     from redone_launcher.plan import read_sizes
@@ -143,7 +145,7 @@ def _fits(cfg: Config, site: Site, found: dict[str, Partition]) -> None:
     partition, c = found[wanted], cfg.cluster
     if c.nodes > partition.nodes:
         raise SlurmError(f"--nodes {c.nodes}: partition {partition.name} has {partition.nodes} nodes")
-    if c.device == "cuda" and c.gpus_per_node > partition.gpus:
+    if c.device == "cuda" and cfg.node_gpus > partition.gpus:
         raise SlurmError(
             f"cluster.gpus_per_node={c.gpus_per_node}: the nodes of partition {partition.name} have "
             f"{partition.gpus} GPUs ({', '.join(partition.gres)})"
@@ -192,7 +194,7 @@ def sbatch_options(cfg: Config, site: Site, run: Path) -> list[str]:
         if value:
             lines.append(f"--{option}={value}")
     if c.device == "cuda":
-        lines.append(f"--gpus-per-node={site.gpu_type + ':' if site.gpu_type else ''}{c.gpus_per_node}")
+        lines.append(f"--gpus-per-node={site.gpu_type + ':' if site.gpu_type else ''}{cfg.node_gpus}")
     return lines + shlex.split(site.sbatch_args)
 
 

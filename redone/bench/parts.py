@@ -219,11 +219,15 @@ def sync(bench: Bench) -> list[Figure]:
     def push(_: int) -> None:
         nonlocal moved
         bench.version += 1
-        moved = trainer.push(engines, version=bench.version)["sync/bytes"]
+        with trainer.awake("weights"), engines.awake("weights"):
+            moved = trainer.push(engines, version=bench.version)["sync/bytes_written"]
 
-    with trainer.awake(), engines.awake("weights"):
-        pushed = bench.repeats.seconds(push)
-        checked = bench.repeats.seconds(lambda _: trainer.check_canary(engines, bench.version))
+    def check(_: int) -> None:
+        with trainer.awake("weights"), engines.awake("weights"):
+            trainer.check_canary(engines, bench.version)
+
+    pushed = bench.repeats.seconds(push)
+    checked = bench.repeats.seconds(check)
     least = 2 * moved * (1 + bench.cfg.rollout.replicas) / bench.roof.copy_bytes_s
     note = "every byte copied once into the channel, once into each engine"
     return [

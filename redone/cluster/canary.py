@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -43,7 +44,8 @@ class Canary:
 
     def check(self, trainer: Reference, engines: EngineFleet, version: int) -> dict[str, float]:
         """The sync/canary_* metrics. SyncError above the tolerance, with the first diverging layer's name."""
-        readings = engines.canary(self.sequences, self.probe)
+        with self._awake(engines):
+            readings = engines.canary(self.sequences, self.probe)
         theirs = [[*r.scores, r.probe_logprobs] for r in readings]
         probes = [[*self.probe, *r.probe_ids.tolist()] for r in readings]
         rows = [r[0] for r in trainer.logprobs(as_batch([*self.sequences, *probes]), temperature=1.0)]
@@ -61,10 +63,13 @@ class Canary:
         sequence = self.probe if cached else self.sequences[failure.prompt]
         try:
             ours = trainer.streams(as_batch([sequence]))
-            found = self._compare(ours, engines.streams(failure.engine, sequence, cached))
+            with self._awake(engines):
+                theirs = engines.streams(failure.engine, sequence, cached)
+                again = engines.streams(failure.engine, sequence, False) if cached else theirs
+            found = self._compare(ours, theirs)
             if not cached or found.point is None:
                 return found.text()
-            fresh = self._compare(ours, engines.streams(failure.engine, sequence, False))
+            fresh = self._compare(ours, again)
             if fresh.point is None:
                 return (
                     f"{found.text()}; computed from scratch the layers agree: the engine's prefix cache "
@@ -73,6 +78,10 @@ class Canary:
             return fresh.text()
         except RedoneError as error:
             return f"the layers could not be compared: {error}"
+
+    def _awake(self, engines: EngineFleet) -> AbstractContextManager[None]:
+        """trainer.offload: they sleep whenever the trainer works. Otherwise scoring wakes what it needs."""
+        return engines.awake() if self.cfg.trainer.offload else nullcontext()
 
     def _compare(self, ours: Mapping[str, FloatArray], theirs: Mapping[str, FloatArray]) -> Divergence:
         differences = relative_differences(ours, theirs)

@@ -19,6 +19,7 @@ from redone.cluster.placement import RayHost, Seat, engine_seats, trainer_seats
 from redone.cluster.profile import runtime_env
 from redone.cluster.remote import Peer, join
 from redone.cluster.trainers import RayTrainerGroup
+from redone.cluster.turns import Turns
 from redone.config.replay import replays_engine, without_replay
 from redone.config.schema import Config
 from redone.engine import engine_env
@@ -98,6 +99,10 @@ class RayCluster:
         status(f"starting {len(trainers)} trainer rank(s) and {len(engines)} engine(s)")
         engine_refs = [e.handle.start.remote() for e in engines]
         infos: list[Any] = []
+        if trainers and engines and cfg.trainer.offload:
+            # An engine measures its device while it starts, and takes its share of what is free.
+            join(engines, engine_refs, "start", timeout, EngineError)
+            join(engines, [e.handle.call.remote("sleep") for e in engines], "sleep", timeout, EngineError)
         if trainers:
             init = self._meet(trainers)
             refs = [t.handle.start.remote(init) for t in trainers]
@@ -109,6 +114,18 @@ class RayCluster:
         self._fleet = RayEngineFleet(cfg, engines, engine_infos, self._start_again, self._alarm)
         if trainers:
             self._group = RayTrainerGroup(cfg, trainers, infos, self.location)
+            self._join_sides()
+            if engines and cfg.weights.quantization != "none":  # they started without weights
+                with self._group.awake("weights"), self._fleet.awake("weights"):
+                    self._fleet.load(self._group.plan, self._group.publish(0), 0)
+
+    def _join_sides(self) -> None:
+        """What each side needs of the other."""
+        assert self._fleet is not None and self._group is not None
+        self._fleet.publish_again = self._group.publish_again
+        if self.cfg.trainer.offload and self.with_engines:
+            self._fleet.turns = self._group.turns = Turns(self._group.readings)
+            self._group.rest()
 
     def _meet(self, trainers: list[Peer]) -> str:
         """Import what the ranks need, and agree on their rendezvous."""
@@ -134,8 +151,9 @@ class RayCluster:
         engines, engine_infos = self._fleet.peers, self._fleet.infos
         self._fleet = RayEngineFleet(cfg, engines, engine_infos, self._start_again, self._alarm)
         self._group = RayTrainerGroup(cfg, trainers, infos, self.location)
+        self._join_sides()
         if engines:
-            with self._group.awake(), self._fleet.awake("weights"):
+            with self._group.awake("weights"), self._fleet.awake("weights"):
                 self._group.push(self._fleet, version=0)
 
     def _spawn_engine(self, index: int) -> Peer:

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
-from redone.api import Awake
+from redone.api import Awake, TrainerPart
 from redone.cluster.remote import Peer, explain, join
+from redone.cluster.turns import Turns
 from redone.config.schema import Config
-from redone.errors import EngineDied, EngineError
+from redone.errors import EngineDied, EngineError, RedoneError
 from redone.types import CanaryReading, Completion, FloatArray, Sampling, WeightBucket, WeightPlan
+from redone.weights.collective import elsewhere
 
 log = logging.getLogger(__name__)
 
@@ -68,6 +71,9 @@ class RayEngineFleet:
         self.in_flight = [0] * len(peers)
         self.restarts = 0
         self.held: Held | None = None  # None: the model folder's weights
+        self.publish_again: Callable[[str], Callable[[], object]] | None = None  # RayTrainerGroup's
+        self._again = itertools.count(1)
+        self.turns: Turns | None = None  # trainer.offload
         self._start_again = start_again
         self._reviving: dict[int, Future[None]] = {}
         self._lost: BaseException | None = None  # why an engine could not be replaced
@@ -148,15 +154,29 @@ class RayEngineFleet:
             with self._lock:
                 del self._reviving[engine]
 
-    def _restore(self, peer: Peer) -> None:
-        """Give a new engine the weights that all hold."""
+    def _restore(self, peer: Peer, last: Sequence[tuple[Any, ...]] = (("resume",),)) -> None:
+        """Give an engine the weights that all hold, from the channel; then the calls `last`."""
         if (held := self.held) is None:
             return
+        buckets, sent, channel = held.buckets, None, self.cfg.weights.channel
+        if channel == "ipc":
+            raise EngineError(
+                f"{peer.name} was started again, and weights.channel=ipc keeps no copy of the weights for it;"
+                " go on with --resume, or use weights.channel=shm"
+            )
+        if channel == "collective":
+            assert self.publish_again is not None
+            ranks = self.cfg.rollout.tensor_model_parallel_size
+            location = elsewhere(buckets[0].location, f"again{next(self._again)}", ranks)
+            buckets = tuple(replace(b, location=location) for b in buckets)
+            sent = self.publish_again(location)
         steps: list[tuple[Any, ...]] = [("begin_update", held.plan)]
-        steps += [("load", bucket) for bucket in held.buckets]
-        for method, *args in [*steps, ("commit", held.version), ("resume",)]:
+        steps += [("load", bucket) for bucket in buckets]
+        for method, *args in [*steps, ("commit", held.version), *last]:
             ref = peer.handle.call.remote(method, *args)
             join([peer], [ref], method, self.cfg.trainer.timeout_s, EngineError)
+        if sent is not None:
+            sent()
 
     async def generate(
         self, prompt_ids: Sequence[int], sampling: Sampling, seeds: Sequence[int]
@@ -228,16 +248,22 @@ class RayEngineFleet:
         An engine that dies meanwhile comes back with exactly these weights, so it takes no further part.
         """
         self._settle()
+        everyone = list(range(len(self.peers)))
+        lost = dict(self._attempt(everyone, "begin_update", (plan,), {}))
+        while lost and self.cfg.weights.channel == "collective":  # its group needs them all
+            for engine, peer in lost.items():
+                self._revive(engine, peer).result()
+            lost = dict(self._attempt(everyone, "begin_update", (plan,), {}))
         with self._weights:
-            lost = self._load(plan, buckets, version)
+            lost = self._load(plan, buckets, version, lost)
         for engine, peer in lost.items():
             self._revive(engine, peer).result()
         self._call("resume")
 
-    def _load(self, plan: WeightPlan, buckets: Iterable[WeightBucket], version: int) -> dict[int, Peer]:
-        """Up to commit; returns the engines that died."""
-        everyone = list(range(len(self.peers)))
-        lost = dict(self._attempt(everyone, "begin_update", (plan,), {}))
+    def _load(
+        self, plan: WeightPlan, buckets: Iterable[WeightBucket], version: int, lost: dict[int, Peer]
+    ) -> dict[int, Peer]:
+        """Up to commit; returns the engines that died, with those that were `lost` before."""
         arrived: list[WeightBucket] = []
         sent: list[tuple[int, Peer, Any]] = []
         for bucket in buckets:
@@ -248,10 +274,22 @@ class RayEngineFleet:
                 if e not in lost
             ]
         self.held = Held(plan, tuple(arrived), version)
+        cut_off: dict[int, RedoneError] = {}
         for engine, peer, ref in sent:
-            if engine not in lost and not self._collect(engine, peer, ref, "load", {}):
-                lost[engine] = peer
-        return lost | dict(self._attempt([e for e in everyone if e not in lost], "commit", (version,), {}))
+            if engine in lost or engine in cut_off:
+                continue
+            try:
+                if not self._collect(engine, peer, ref, "load", {}):
+                    lost[engine] = peer
+            except RedoneError as error:
+                cut_off[engine] = error
+        # A group that loses a member fails as a whole: the others have to be served again.
+        if cut_off and not (lost and self.cfg.weights.channel == "collective"):
+            raise next(iter(cut_off.values()))
+        for engine in cut_off:
+            self._restore(self.peers[engine], last=())
+        complete = [e for e in range(len(self.peers)) if e not in lost and e not in cut_off]
+        return lost | dict(self._attempt(complete, "commit", (version,), {}))
 
     @contextmanager
     def awake(self, what: Awake = "all") -> Iterator[None]:
@@ -259,13 +297,24 @@ class RayEngineFleet:
         if self._resident:
             yield
             return
-        self._call("wake", what)
-        self._resident = what == "all"
-        try:
-            yield
-        finally:
-            self._resident = False
-        self._call("sleep")
+        shared = self.turns if what == "all" else None
+        with shared.phase("rollout") if shared else nullcontext():
+            self._become(what)
+            if shared:
+                shared.look()
+            self._resident = what == "all"
+            try:
+                yield
+            finally:
+                self._resident = False
+            if shared:
+                shared.look()
+            self._become("none")
+
+    def _become(self, part: TrainerPart) -> None:
+        if self.turns is not None:
+            self.turns.engines_become(part)
+        self._call("sleep") if part == "none" else self._call("wake", part)
 
     def abandon(self) -> None:
         """Wait for replacements under way, which fail once their actors are killed."""

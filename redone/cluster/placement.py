@@ -102,7 +102,7 @@ class RayHost:
         engines_per_node = -(-cfg.rollout.replicas // cluster.nodes)
         bundle = {"CPU": float(cluster.gpus_per_node + engines_per_node)}
         if cuda:
-            bundle["GPU"] = float(cluster.gpus_per_node)
+            bundle["GPU"] = float(cfg.node_gpus)
         group = placement_group(
             [bundle] * cluster.nodes, strategy="PACK" if cluster.nodes == 1 else "STRICT_SPREAD"
         )
@@ -111,7 +111,7 @@ class RayHost:
             raise RedoneError(
                 f"Ray could not place {cluster.nodes} bundle(s) of {bundle} in "
                 f"{cluster.ray.start_timeout_s:.0f} s; it has {ray.cluster_resources()}. Remedy: "
-                f"cluster.nodes and cluster.gpus_per_node must fit what was allocated."
+                f"cluster.nodes, cluster.gpus_per_node and rollout.gpus_per_node must fit what was allocated."
             )
         return group
 
@@ -155,13 +155,15 @@ def trainer_seats(cfg: Config) -> list[Seat]:
 
 
 def engine_seats(cfg: Config, engine_env: dict[str, str]) -> list[Seat]:
-    """Engine e shares the GPUs of trainer ranks [e * tp, (e + 1) * tp): colocation, in turn."""
-    per_node, tp = cfg.cluster.gpus_per_node, cfg.rollout.tensor_model_parallel_size
+    """Engine e shares the GPUs of trainer ranks [e * tp, (e + 1) * tp), in turn; with rollout.gpus_per_node
+    it has its own, numbered after the trainer's on the same node."""
+    own, tp = cfg.rollout.gpus_per_node, cfg.rollout.tensor_model_parallel_size
+    per_node, start = (own, cfg.cluster.gpus_per_node) if own else (cfg.cluster.gpus_per_node, 0)
     seats = []
     for index in range(cfg.rollout.replicas):
         if cfg.cluster.device == "cuda":
             node, first = divmod(index * tp, per_node)
-            gpus = tuple(range(first, first + tp))
+            gpus = tuple(range(start + first, start + first + tp))
         else:
             node, gpus = index % cfg.cluster.nodes, ()
         env = {**_device_env(cfg, gpus, cfg.rollout.engine.num_threads), **engine_env}

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import ray
 from ray.exceptions import RayError
 
-from redone.api import EngineFleet
+from redone.api import Awake, EngineFleet, TrainerPart
 from redone.cluster.canary import Canary
 from redone.cluster.profile import trace_path
 from redone.cluster.remote import Peer, blame, join
+from redone.cluster.turns import Turns
 from redone.config.schema import AlgorithmConfig, Config
 from redone.data.balance import Cost
 from redone.data.pack import build_shards, plan_step, scatter_routes, scatter_rows
@@ -33,6 +34,8 @@ class RayTrainerGroup:
         self.canary = Canary.of(cfg, int(infos[0]["vocab_size"]))
         self.pushes = 0
         self.profiled_step: int | None = None
+        self.turns: Turns | None = None  # trainer.offload
+        self._awake = False
 
     def _call(self, method: str, *args: Any) -> list[Any]:
         refs = [p.handle.call.remote(method, *args) for p in self.peers]
@@ -93,7 +96,7 @@ class RayTrainerGroup:
 
     def push(self, engines: EngineFleet, version: int) -> dict[str, float]:
         moved = Moved(self.plan)
-        engines.load(self.plan, moved.watch(self._publish(version)), version)
+        engines.load(self.plan, moved.watch(self.publish(version)), version)
         metrics = {**moved.metrics(), "sync/version": float(version)}
         self.pushes += 1
         every = self.cfg.weights.canary.every
@@ -101,7 +104,7 @@ class RayTrainerGroup:
             metrics |= self.check_canary(engines, version)
         return metrics
 
-    def _publish(self, version: int) -> Iterator[WeightBucket]:
+    def publish(self, version: int) -> Iterator[WeightBucket]:
         """Buckets as rank 0 writes them, while all ranks gather."""
         first, *others = self.peers
         timeout = self.cfg.trainer.timeout_s
@@ -115,8 +118,14 @@ class RayTrainerGroup:
             raise blame([first, *others], error, refs, "publish", TrainerError) from None
         join(others, refs, "publish", timeout, TrainerError)
 
+    def publish_again(self, location: str) -> Callable[[], object]:
+        """Rank 0 begins to send the last version to the group at `location`; the result waits for the end."""
+        ref = self.peers[0].handle.call.remote("publish_again", location)
+        return lambda: join(self.peers[:1], [ref], "publish_again", self.cfg.trainer.timeout_s, TrainerError)
+
     def check_canary(self, engines: EngineFleet, version: int) -> dict[str, float]:
         """Fixed prompts, trainer against every engine. Raises SyncError above weights.canary.tolerance."""
+        self.rest()  # the engines need their caches
         return self.canary.check(self, engines, version)
 
     def streams(self, batch: Batch) -> dict[str, FloatArray]:
@@ -125,12 +134,39 @@ class RayTrainerGroup:
         return {point: stream for part in results if part is not None for point, stream in part.items()}
 
     @contextmanager
-    def awake(self) -> Iterator[None]:
-        self._call("wake")
-        yield  # no finally: after an error the ranks may hang in a collective, and sleep would wait for them
-        if self.profiled_step is not None:
-            self._profile(None)
-        self._call("sleep")
+    def awake(self, what: Awake = "all") -> Iterator[None]:
+        """See redone.api."""
+        inner = self._awake
+        with (
+            self.turns.phase("update" if what == "all" else "weight_update") if self.turns else nullcontext()
+        ):
+            self._become(what)
+            self._awake = True
+            yield  # no finally: after an error the ranks may hang in a collective, and sleep waits for them
+            if inner:
+                return
+            if self.profiled_step is not None:
+                self._profile(None)
+            self._awake = False
+            self._become("none")
+
+    def _become(self, part: TrainerPart) -> None:
+        if self.turns is not None:
+            self.turns.trainer_becomes(part)
+        self._call("wake", part)
+
+    def rest(self) -> None:
+        """trainer.offload: leave the device, whatever the phase; what needs states brings them."""
+        if self.turns is not None:
+            self._become("none")
+
+    def readings(self) -> list[dict[str, float]]:
+        """Trainer.memory of every rank."""
+        return self._call("memory")
+
+    def memory(self) -> dict[str, float]:
+        """See redone.api."""
+        return self.turns.take_metrics() if self.turns is not None else {}
 
     def _profile(self, step: int | None) -> None:
         """Start a trace of step `step`, or end the one that runs, on record.profile.ranks."""

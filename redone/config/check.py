@@ -197,10 +197,10 @@ def _asynchronous(cfg: Config) -> Iterator[str]:
             f"{key} trains on tokens of older weights, which algorithm.importance.level=off leaves "
             "uncorrected; set algorithm.importance.level=token, or rollout.max_staleness=0"
         )
-    if cfg.cluster.device == "cuda":
+    if cfg.shared_gpus:
         yield (
-            f"{key}: with cluster.device=cuda engines and trainer use the same GPUs in turn, so neither can "
-            "go on while the other works; set rollout.max_staleness=0"
+            f"{key}: engines and trainer use the same GPUs in turn, so neither can go on while the other "
+            "works; give engines GPUs of their own (rollout.gpus_per_node), or set rollout.max_staleness=0"
         )
 
 
@@ -249,10 +249,22 @@ def _engines(cfg: Config) -> Iterator[str]:
             f"trainer.moe.routing_replay=engine: rollout.engine.type={r.engine.type} returns no expert "
             "choices; use vllm, or trainer.moe.routing_replay=auto"
         )
+    if cfg.trainer.offload and r.max_staleness:
+        yield (
+            f"trainer.offload=true with rollout.max_staleness={r.max_staleness}: trainer and engines work at "
+            "the same time and cannot share memory in turn; use offload=false, or max_staleness=0"
+        )
+    if cfg.weights.channel == "ipc" and not cfg.shared_gpus:
+        why = "there is no CUDA" if c.device != "cuda" else f"rollout.gpus_per_node={r.gpus_per_node}"
+        yield (
+            f"weights.channel=ipc needs engines and trainer on the same GPUs ({why}); use "
+            f"{'shm' if c.device != 'cuda' else 'collective'}"
+        )
     if c.nodes > 1 and cfg.weights.channel == "shm":
         yield (
-            f"cluster.nodes={c.nodes}: weights.channel=shm reaches one node only; use weights.channel=file "
-            "with weights.dir=FOLDER on a file system that all nodes share, or cluster.nodes=1"
+            f"cluster.nodes={c.nodes}: weights.channel=shm reaches one node only; use "
+            "weights.channel=collective, weights.channel=file with weights.dir=FOLDER on a file system that "
+            "all nodes share, or cluster.nodes=1"
         )
     if c.device != "cuda":
         if cfg.trainer.head.backend == "fused":
@@ -260,17 +272,25 @@ def _engines(cfg: Config) -> Iterator[str]:
         block = r.engine.block_size if isinstance(r.engine, VllmEngine) else None
         if block is not None and block % 32:
             yield (f"rollout.engine.block_size={block}: vLLM on CPU takes multiples of 32; use 32")
+        if r.gpus_per_node:
+            yield f"rollout.gpus_per_node={r.gpus_per_node} needs cluster.device=cuda; set it to 0"
         return
-    if c.gpus_per_node % tensor:
+    key = "rollout.gpus_per_node" if r.gpus_per_node else "cluster.gpus_per_node"
+    per_node = r.gpus_per_node or c.gpus_per_node
+    if per_node % tensor:
         yield (
-            f"rollout.tensor_model_parallel_size={tensor} does not divide "
-            f"cluster.gpus_per_node={c.gpus_per_node}; "
-            "an engine lives on one node"
+            f"rollout.tensor_model_parallel_size={tensor} does not divide {key}={per_node}; an engine "
+            "lives on one node"
         )
-    if r.replicas * tensor > c.world_size:
+    if r.replicas * tensor > c.nodes * per_node:
         yield (
             f"rollout.replicas * rollout.tensor_model_parallel_size = {r.replicas * tensor} exceeds the "
-            f"{c.world_size} GPUs of cluster.nodes * cluster.gpus_per_node; lower one of them"
+            f"{c.nodes * per_node} GPUs of cluster.nodes * {key}; lower one of them"
+        )
+    if cfg.trainer.offload and r.gpus_per_node:
+        yield (
+            f"trainer.offload=true with {key}={per_node}: the engines have GPUs of their own, nothing is "
+            "shared; set one of them to its default"
         )
 
 
@@ -293,7 +313,19 @@ def _trainer(cfg: Config) -> Iterator[str]:
             "checkpoint.asynchronous=true with checkpoint.export_hf=false: the run could end before its last "
             "checkpoint is written; the export waits for it: set checkpoint.export_hf=true"
         )
+    if cfg.weights.quantization != "none":
+        yield from _quantization(cfg)
     yield from _kernels(cfg)
+
+
+def _quantization(cfg: Config) -> Iterator[str]:
+    key = f"weights.quantization={cfg.weights.quantization}"
+    if cfg.cluster.device != "cuda":
+        yield f"{key} needs cluster.device=cuda; set it to none"
+    if not isinstance(cfg.rollout.engine, VllmEngine):
+        yield f"{key} with rollout.engine.type={cfg.rollout.engine.type}; use vllm, or quantization none"
+    if cfg.model.dtype != "bfloat16":
+        yield f"{key} needs model.dtype=bfloat16 for all that stays unquantised; it is {cfg.model.dtype}"
 
 
 def _kernels(cfg: Config) -> Iterator[str]:

@@ -198,6 +198,12 @@ class RolloutConfig(Section):
     )
     replicas: int = Field(1, ge=1, description="Engines.")
     tensor_model_parallel_size: int = Field(1, ge=1, description="Ranks of one engine.")
+    gpus_per_node: int = Field(
+        0,
+        ge=0,
+        description="GPUs of a node for engines alone, after its cluster.gpus_per_node, which train. 0:"
+        " engines and trainer share GPUs in turn.",
+    )
     gpu_memory_utilization: float = Field(0.7, gt=0, le=1, description="Share of GPU memory for one engine.")
     max_staleness: int = Field(
         0,
@@ -254,6 +260,12 @@ class TrainerConfig(Section):
         description="Matrix products of the layers in fp8, by TransformerEngine's scaling recipe (CUDA only;"
         " weights stay in model.dtype). Rows are padded to 16 tokens per rank.",
     )
+    offload: bool = Field(
+        False,
+        description="Trainer and engines use their devices in turn: weights, gradients and optimizer states"
+        " wait in host memory while engines generate; memory/* metrics say what every phase took. On CPU the"
+        " same steps gain no memory.",
+    )
     num_threads: int = Field(1, ge=1, description="CPU threads per rank.")
     timeout_s: float = Field(
         600.0, gt=0, description="Collective timeout; a peer that hangs longer is an error."
@@ -271,15 +283,22 @@ class CanaryConfig(Section):
 
 
 class WeightsConfig(Section):
-    channel: Literal["shm", "file"] = Field(
+    channel: Literal["shm", "file", "collective", "ipc"] = Field(
         "shm",
         description="How weights reach the engines. shm: shared memory, one node. file: a file in"
-        " `weights.dir`, which every node must see.",
+        " `weights.dir`, which every node must see. collective: broadcast by trainer rank 0 to every engine"
+        " rank, on any number of nodes; NCCL with rollout.gpus_per_node > 0, else gloo."
+        " ipc: over NCCL to every trainer rank, by CUDA IPC to the engine rank on the same GPU.",
     )
     bucket_bytes: int = Field(64 * 2**20, ge=1024, description="Bytes per bucket.")
     delta: bool = Field(
         False,
         description="Send only layers that changed, told by digest: for frozen or partly trained models.",
+    )
+    quantization: Literal["none", "fp8_block"] = Field(
+        "none",
+        description="fp8_block: engines (vLLM, CUDA) hold and receive projections as e4m3 with a factor per"
+        " 128 x 128 block; the trainer keeps model.dtype. The canary's tolerance must allow for it.",
     )
     dir: str | None = Field(
         None,
@@ -292,6 +311,10 @@ class WeightsConfig(Section):
     def _has_folder(self) -> WeightsConfig:
         if self.channel == "file" and not self.dir:
             raise ValueError("channel=file needs dir: a folder that every node sees and can write")
+        if self.channel in ("collective", "ipc") and self.delta:
+            raise ValueError(
+                f"delta=true with channel={self.channel}: buckets are sent whole; set delta=false"
+            )
         return self
 
 
@@ -348,6 +371,16 @@ class Config(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     sft: SftConfig = SftConfig()
     pipeline: PipelineConfig = PipelineConfig()
+
+    @property
+    def node_gpus(self) -> int:
+        """GPUs that a node must have."""
+        return self.cluster.gpus_per_node + self.rollout.gpus_per_node
+
+    @property
+    def shared_gpus(self) -> bool:
+        """Engines and trainer use the same GPUs in turn."""
+        return self.cluster.device == "cuda" and not self.rollout.gpus_per_node
 
     @property
     def kind(self) -> Literal["rl", "sft", "pipeline"]:

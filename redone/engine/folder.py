@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from redone.config.schema import Config
 from redone.errors import EngineError, SyncError
 from redone.types import WeightPlan
+from redone.weights.quantize import SCALE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,7 +65,7 @@ class ModelFolder:
                     f"{self.path} it has {list(shape)}"
                 )
         for name in sent:
-            if name not in self.tensors and name not in optional:
+            if name.removesuffix(SCALE) not in self.tensors and name not in optional:
                 raise SyncError(f"weight plan {plan.hash} has tensor {name!r}, unknown to {self.path}")
 
 

@@ -83,7 +83,7 @@ class RolloutEngine:
     ) -> None:
         self.cfg, self.name = cfg, f"engine {index}"
         self._core, self._arguments = core, arguments
-        self._cuda = cfg.cluster.device == "cuda"
+        self._cuda, self._shared = cfg.cluster.device == "cuda", cfg.shared_gpus
         self._routes = replays_engine(cfg)
         self._awake: Awake | None = None
         self._state: UpdateState | None = None
@@ -262,19 +262,21 @@ class RolloutEngine:
         self._update.check_usable()
         self._update.check_idle()
         # Without a KV cache nothing can run; wake("all") resumes.
-        if not (self._cuda and self._awake != "all"):
+        if not (self._shared and self._awake != "all"):
             await self._core.resume()
 
     async def sleep(self) -> None:
-        """Keep requests, run nothing. CUDA: weights move to the host, the KV cache goes. CPU: no change."""
+        """Keep requests, run nothing. On shared GPUs weights move to the host and the KV cache goes."""
+        if self._awake is None:
+            return
         await self._core.pause()
-        if self._cuda:
+        if self._shared:
             await self._core.sleep()
         self._awake = None
 
     async def wake(self, what: Awake) -> None:
         """ "weights" is enough for an update; "all" continues generation."""
-        if self._cuda:
+        if self._shared:
             await self._core.wake(["weights"] if what == "weights" else None)
         self._awake = what
         if what == "all":

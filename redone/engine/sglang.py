@@ -55,7 +55,7 @@ from redone.engine.sglang_format import (
 )
 from redone.errors import EngineError, SyncError
 from redone.types import Completion, FloatArray, Sampling, TensorMeta, WeightBucket
-from redone.weights.channel import ShmReader
+from redone.weights.digest import Channel
 
 TAGS = (GPU_MEMORY_TYPE_WEIGHTS, GPU_MEMORY_TYPE_KV_CACHE)
 # Its layers return partial sums and keep the rest in the batch, so hooks do not see the residual stream.
@@ -148,7 +148,7 @@ class RankScheduler(Scheduler):
         bucket = WeightBucket(version=version, index=index, location=location, digests=tuple(digests))
         return self._redone_receiver.load(bucket, set(names), self._redone_install)
 
-    def _redone_install(self, reader: ShmReader, tensors: Sequence[TensorMeta]) -> None:
+    def _redone_install(self, reader: Channel, tensors: Sequence[TensorMeta]) -> None:
         self.get_model().load_weights(named_tensors(reader, tensors))
 
     def redone_commit(self) -> str | None:

@@ -3,8 +3,8 @@
 AsyncLLM (the default): vLLM's EngineCore and one worker per tensor-parallel rank are processes of their own.
 In process (`rollout.engine.in_process`): the loop runs in a thread of this process; starts fastest.
 
-Weights arrive through vLLM's native weight transfer with a backend of our own, `redone_shm`, which reads the
-shared-memory channel: every rank maps the whole weight space and its parameters' loaders take their shards.
+Weights arrive through vLLM's native weight transfer with a backend of our own, `redone_shm`, which reads our
+channel: every rank sees the whole weight space and its parameters' loaders take their shards.
 
 The CUDA branch (device memory, sleep mode, kernels) follows vLLM's documentation; it was never run on a GPU.
 """
@@ -42,18 +42,17 @@ from redone.config.replay import replays_engine
 from redone.config.schema import Config, VllmEngine
 from redone.engine.capture import CaptureExtension
 from redone.engine.loop import LoopThread
+from redone.engine.quantized import quantized_arguments
 from redone.engine.receiver import Receiver, named_tensors
 from redone.engine.rollout import START_FAILURES, RolloutEngine
 from redone.engine.routes import MARK, RouteExtension, add_routes, unpack
 from redone.errors import EngineDied, EngineError
 from redone.types import Completion, Finish, FloatArray, Sampling, TensorMeta, VersionSpan, WeightBucket
-from redone.weights.channel import ShmReader
+from redone.weights.digest import Channel
 from redone.weights.units import unit_of
 
 BACKEND = "redone_shm"
-CPU_KV_CACHE_MB = 512
-CPU_BLOCK_SIZE = 32
-CPU_BATCHED_TOKENS = 4096
+CPU_KV_CACHE_MB, CPU_BLOCK_SIZE, CPU_BATCHED_TOKENS = 512, 32, 4096
 SEED_MASK = 2**63 - 1  # vLLM reads -1 as "no seed", and torch generators take signed 64-bit integers
 REQUEST_IDS = (f"r{n}" for n in itertools.count())
 Requests = Sequence[tuple[str, SamplingParams]]  # each with its id
@@ -69,7 +68,7 @@ class ShmInitInfo(WeightTransferInitInfo):
 class ShmUpdateInfo(WeightTransferUpdateInfo):
     """One bucket's tensors within the mapped file."""
 
-    reader: ShmReader
+    reader: Channel
     tensors: Sequence[TensorMeta] = ()
 
 
@@ -106,8 +105,7 @@ class ShmTransferEngine(WeightTransferEngine[ShmInitInfo, ShmUpdateInfo]):
             info.loaded_weights.clear()
         finalize_layerwise_reload(self.model, self.model_config)
 
-    def shutdown(self) -> None:
-        """Nothing to release."""
+    def shutdown(self) -> None: ...
 
 
 def refresh_cpu_packing(model: torch.nn.Module, loaded: Set[str]) -> None:
@@ -157,7 +155,7 @@ class WorkerExtension(CaptureExtension, RouteExtension):
         bucket = WeightBucket(version=version, index=index, location=location, digests=tuple(digests))
         return self._redone_receiver.load(bucket, set(names), self._redone_install)
 
-    def _redone_install(self, reader: ShmReader, tensors: Sequence[TensorMeta]) -> None:
+    def _redone_install(self, reader: Channel, tensors: Sequence[TensorMeta]) -> None:
         self.update_weights({"reader": reader, "tensors": tensors})  # type: ignore[attr-defined]
 
     def redone_commit(self) -> str | None:
@@ -379,13 +377,15 @@ def engine_arguments(cfg: Config, limit: int) -> dict[str, Any]:
         disable_log_stats=True,
         worker_extension_cls=f"{__name__}.{WorkerExtension.__name__}",
         weight_transfer_config=WeightTransferConfig(backend=BACKEND),
+        **quantized_arguments(cfg),
     )
-    if engine.block_size is not None:
-        args["block_size"] = engine.block_size
+    if engine.block_size is not None or not cuda:
+        args["block_size"] = engine.block_size or CPU_BLOCK_SIZE
     if cuda:
         args["enable_return_routed_experts"] = replays_engine(cfg)
-        return args | dict(gpu_memory_utilization=cfg.rollout.gpu_memory_utilization, enable_sleep_mode=True)
-    args.setdefault("block_size", CPU_BLOCK_SIZE)
+        return args | dict(
+            gpu_memory_utilization=cfg.rollout.gpu_memory_utilization, enable_sleep_mode=cfg.shared_gpus
+        )
     return args | dict(
         kv_cache_memory_bytes=(engine.kv_cache_mb or CPU_KV_CACHE_MB) << 20,
         # A partial prefill makes vLLM rewind the request's random generator, which CPU generators cannot.

@@ -64,7 +64,7 @@ def rl_step(
             keep(batch, parts)
         with phase("update_actor"):
             reports = run_updates(step, batch, parts, trainer, algorithm)
-        with phase("update_weights"), engines.awake("weights"):
+        with phase("update_weights"), trainer.awake("weights"), engines.awake("weights"):
             sync = trainer.push(engines, version=step)  # in place, digest-checked, all engines or none
             source.pushed(step)
     metrics = {**collected.metrics, **mismatch_metrics(batch), **merge_reports(reports), **sync}

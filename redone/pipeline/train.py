@@ -71,7 +71,7 @@ class RlRun:
 
     def begin(self) -> Evaluation | None:
         """The parity gate, then the untrained model's evaluations: returns that of the test items."""
-        with self.engines.awake(), self.observer.phase("parity"):
+        with self.engines.awake("weights"), self.observer.phase("parity"):
             parity = self.trainer.check_canary(self.engines, version=0)
         metrics = {f"parity/{name.split('/')[-1]}": value for name, value in parity.items()}
         before = None
@@ -118,7 +118,8 @@ class RlRun:
                 self._keeper(step),
             )
             self._account(step, result)
-            self.observer.step(step, {**result.metrics, **self._validate(step, last)})
+            metrics = {**result.metrics, **self.trainer.memory()}
+            self.observer.step(step, {**metrics, **self._validate(step, last)})
             self.last_step = step
             stalled = self._stalled()
             collapsed = self._collapsed(step, result.metrics)

@@ -101,6 +101,11 @@ def describe_job(cfg: Config, shape: ModelShape, options: Options) -> tuple[Job,
         raise ConfigError(
             f"--rollout-nodes {options.rollout_nodes}: use 0 (colocated) .. {options.nodes - 1}"
         )
+    if r.gpus_per_node:
+        raise ConfigError(
+            f"rollout.gpus_per_node={r.gpus_per_node}: the planner knows engines on trainers' GPUs and on "
+            "nodes of their own (--rollout-nodes), not on other GPUs of the same nodes"
+        )
     lengths, prompt, assumed = _lengths(cfg, options)
     engines = options.rollout_nodes or options.nodes
     gpus = engines * machine.per_node
@@ -131,7 +136,7 @@ def describe_job(cfg: Config, shape: ModelShape, options: Options) -> tuple[Job,
         utilization=r.gpu_memory_utilization,
         max_sequences=r.engine.max_num_seqs,
         cpu_optimizer=options.cpu_optimizer or cfg.trainer.optim.cpu_offload == 1,
-        trainer_sleeps=options.trainer_sleeps,
+        trainer_sleeps=options.trainer_sleeps or cfg.trainer.offload,
     )
     updates = max(1, a.train_batch_size // a.ppo_mini_batch_size) * a.ppo_epochs
     work = Workload(

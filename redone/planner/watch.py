@@ -1,4 +1,5 @@
-"""A run's first steps against its own prediction: was the band right, and which one multiplier re-fits it."""
+"""A run's first steps against its own prediction: was the band right, which one multiplier re-fits it, and
+did a phase take more memory than planned (trainer.offload, which reads it)."""
 
 from __future__ import annotations
 
@@ -12,10 +13,26 @@ from typing import Any
 from redone.config.schema import Config
 from redone.errors import ConfigError
 from redone.planner.hardware import gpu
-from redone.planner.report import Options, Plan, compare, make_plan
+from redone.planner.report import GB, Options, Plan, compare, make_plan
 
 STEPS = 3
 FILE = "planned.json"
+# of the metrics memory/<phase>_peak_gb -> as the planner names it
+PHASES = {"rollout": "rollout", "update": "update", "weight_update": "weight update"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PhaseUse:
+    """GB on the fullest GPU."""
+
+    phase: str
+    measured: float
+    planned: float
+
+    def text(self) -> str:
+        """`rollout 61.2 GB (planned 66.0)`; a phase above its plan says so."""
+        above = ", ABOVE the plan" if self.measured > self.planned else ""
+        return f"{self.phase} {self.measured:.1f} GB (planned {self.planned:.1f}{above})"
 
 
 @dataclass(slots=True, kw_only=True)
@@ -64,8 +81,10 @@ class PlanWatch:
             plan = self._plan()
         except ConfigError as error:
             return f"the planner has no prediction for this run: {error}"
+        memory = self._memory(plan)
+        told = "".join(f"; {m.text()}" for m in memory)
         if plan.refused:
-            return f"the planner refuses to predict this run's step: {'; '.join(plan.refused)}"
+            return f"the planner refuses to predict this run's step: {'; '.join(plan.refused)}{told}"
         found = compare(plan, [m["timing_s/step"] for m in self.seen])
         predicted = plan.chosen.seconds.step
         low, high = predicted / plan.band, predicted * plan.band
@@ -77,13 +96,25 @@ class PlanWatch:
             "inside": found.inside,
             "multiplier": found.multiplier,
             "band_after": found.band,
+            "memory_gb": {m.phase: {"measured": m.measured, "planned": m.planned} for m in memory},
         }
         (folder / FILE).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
         place = "inside" if found.inside else "OUTSIDE"
         return (
             f"step {found.measured:.1f} s (median of {STEPS}), {place} the plan's {low:.1f} .. {high:.1f} s; "
-            f"re-fitted multiplier {found.multiplier:.2f} ({FILE}; redone plan --fit)"
+            f"re-fitted multiplier {found.multiplier:.2f} ({FILE}; redone plan --fit){told}"
         )
+
+    def _memory(self, plan: Plan) -> list[PhaseUse]:
+        """Of the phases that were read. On the CPU a process' memory says nothing here."""
+        found = []
+        for phase, planned in PHASES.items():
+            name = f"memory/{phase}_peak_gb"
+            totals = [m.total / GB for m in plan.chosen.memory if m.phase == planned]
+            if self.cfg.cluster.device == "cuda" and totals and any(name in m for m in self.seen):
+                most = max(m.get(name, 0.0) for m in self.seen)
+                found.append(PhaseUse(phase=planned, measured=most, planned=max(totals)))
+        return found
 
 
 def read_multiplier(folder: Path) -> tuple[float, float]:

@@ -1,8 +1,10 @@
-"""The channel: one file that holds the whole weight space, mapped by trainer and engines.
+"""Channels. Here: one file that holds the whole weight space, mapped by trainer and engines.
 
 weights.channel=shm keeps it in shared memory, for one node. weights.channel=file keeps it in a folder that
 all nodes share: the writer flushes it before the engines hear of it, every engine opens it anew for every
 version (which is what makes a network file system show the new bytes), and digests find what it did not show.
+
+weights.channel=collective (redone.weights.collective) sends the bytes of such a file to the engines.
 """
 
 from __future__ import annotations
@@ -50,7 +52,7 @@ def location_of(cfg: WeightsConfig, run_folder: Path, run_name: str) -> str:
 
     A run folder has one live run, so a file that a dead run left is taken over and removed by the next one.
     """
-    if cfg.channel == "shm":
+    if cfg.channel != "file":
         return channel_path(cfg, f"{os.getpid()}-{run_name}")
     assert cfg.dir is not None
     folder = Path(cfg.dir)
@@ -72,7 +74,7 @@ def sweep_stale(cfg: WeightsConfig) -> list[str]:
     """
     removed: list[str] = []
     directory = channel_dir(cfg)
-    if cfg.channel != "shm" or not directory.is_dir():  # pids of other nodes say nothing here
+    if cfg.channel == "file" or not directory.is_dir():  # pids of other nodes say nothing here
         return removed
     for path in directory.iterdir():
         match = _OWNED.match(path.name)
@@ -182,10 +184,15 @@ class ShmWriter(_Mapping):
             f"weights.dir or {SHM_DIR_VARIABLE} to a folder with room (in a container: a larger --shm-size)"
         )
 
-    def flush(self) -> None:
-        """Write what was mapped to the file system; other nodes see it from their next open()."""
-        if self._memory is not None:
-            self._memory.flush()
+    def begin(self) -> str:
+        """Before a publication; returns the address that its buckets carry."""
+        return self.location
+
+    def announce(self, offset: int, nbytes: int) -> None:
+        """A bucket is complete: make it visible to those who will hear of it. Here it is."""
+
+    def finish(self) -> None:
+        """After a publication's last bucket."""
 
     def close(self, keep: bool = False) -> None:
         """Unmap, release the lock and (unless `keep`) remove the file; safe to call twice."""
@@ -214,3 +221,14 @@ class ShmReader(_Mapping):
             self._map(fd)
         finally:
             os.close(fd)
+
+    def fetch(self, index: int) -> None:
+        """Before a bucket is read: the file holds them all."""
+
+
+class FileWriter(ShmWriter):
+    """weights.channel=file: what was written reaches the file system before the engines hear of it."""
+
+    def announce(self, offset: int, nbytes: int) -> None:
+        if self._memory is not None:
+            self._memory.flush()

@@ -18,9 +18,33 @@ class Channel(Protocol):
     def view(self, offset: int, nbytes: int) -> torch.Tensor: ...
 
 
+class Writer(Channel, Protocol):
+    """A trainer rank's end. Every rank that has one calls begin, announce (per bucket) and finish alike."""
+
+    def begin(self) -> str:
+        """Before a publication; on rank 0 the address that its buckets carry."""
+
+    def announce(self, offset: int, nbytes: int) -> None:
+        """A bucket is complete: make it visible to those who will hear of it."""
+
+    def finish(self) -> None:
+        """After a publication's last bucket."""
+
+    def close(self) -> None: ...
+
+
+class Reader(Channel, Protocol):
+    """An engine rank's end."""
+
+    location: str
+
+    def fetch(self, index: int) -> None:
+        """Wait until `view` shows bucket `index`. Raises SyncError."""
+
+
 def digest(data: torch.Tensor) -> int:
-    """xxh3_64 of a contiguous [n] uint8 CPU tensor, without copying it."""
-    return xxhash.xxh3_64_intdigest(memoryview(data.numpy()))  # type: ignore[arg-type]
+    """xxh3_64 of a contiguous [n] uint8 tensor, in host memory without copying it."""
+    return xxhash.xxh3_64_intdigest(memoryview(data.cpu().numpy()))  # type: ignore[arg-type]
 
 
 def bucket_digests(plan: WeightPlan, index: int, channel: Channel) -> tuple[int, ...]:

@@ -184,6 +184,13 @@ CASES["2"] += [
     ("bf16", "bf16", {"kind": "moe", "layout": (1, 1, 2, 1)}),
     ("bf16 tied PP2", "bf16", {"kind": "tied", "layout": (1, 2, 1, 1)}),
 ]
+ASLEEP: dict[str, tuple[str, dict[str, Any]]] = {
+    "fp32 EP2": ("2_slow", {"kind": "moe", "layout": (1, 1, 2, 1)}),
+    "bf16 EP2": ("2", {"kind": "moe", "layout": (1, 1, 2, 1), "dtype": "bfloat16"}),
+    "bf16 tied PP2": ("2_slow", {"kind": "tied", "layout": (1, 2, 1, 1), "dtype": "bfloat16"}),
+}
+for _name, (_ranks, _where) in ASLEEP.items():
+    CASES[_ranks].append((f"sleeping {_name}", "sleeping", _where))
 CASES["4_long"] += [
     ("replay PP2xVPP2xEP2", "replay", {"kind": "moe", "layout": (1, 2, 2, 1, 2)}),
     ("routed TP2xEP2", "routed_gradients", {"kind": "moe", "layout": (2, 1, 2, 1)}),

@@ -366,3 +366,10 @@ def ratio(kind: str, layout: Layout) -> dict[str, float]:
     report = trainer.update(shard_with(trainer, batch), trainer.cfg.algorithm)
     trainer.close()
     return {k: v for k, v in report.metrics.items() if k.startswith(("prefix/", "moe/"))}
+
+
+def sleeping(kind: str, layout: Layout, **options: Any) -> dict[str, Any]:
+    """With and without trainer.offload; see sleep_check.py."""
+    import sleep_check
+
+    return sleep_check.sleeping(kind, layout, **options)

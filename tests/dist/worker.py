@@ -76,6 +76,7 @@ def make_config(path: str | Path, layout: Layout, **options: Any) -> Config:
                 "max_token_len_per_rank": options.get("budget", 48),
                 "prefix_sharing": options.get("sharing", True),
                 "recompute": options.get("recompute", "none"),
+                "offload": options.get("offload", False),
                 "head": {"backend": options.get("head", "auto"), "chunk_tokens": options.get("chunk", 7)}
                 | {"fuse_loss": options.get("fuse_loss", True)},
                 "timeout_s": 120.0,

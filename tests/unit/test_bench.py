@@ -218,13 +218,13 @@ class Trainers:
 
     def push(self, engines: Any, version: int) -> dict[str, float]:
         self.events.append(f"push {version}")
-        return {"sync/bytes": 1000.0}
+        return {"sync/bytes_written": 1000.0}
 
     def check_canary(self, engines: Any, version: int) -> dict[str, float]:
         return {}
 
     @contextmanager
-    def awake(self) -> Iterator[None]:
+    def awake(self, what: str = "all") -> Iterator[None]:
         yield
 
 

@@ -123,7 +123,7 @@ def test_a_legal_configuration_passes_in_silence() -> None:
                 "algorithm__importance__level": "token",
                 "cluster__device": "cuda",
             },
-            "rollout.max_staleness=1: with cluster.device=cuda engines and trainer use the same GPUs",
+            "rollout.max_staleness=1: engines and trainer use the same GPUs in turn",
         ),
         ({"trainer__optim__lr_warmup_steps": 10}, "trainer.optim.lr_warmup_steps=10 leaves no step"),
         ({"data__val": []}, "evaluate.keep_best=true needs validation files; set data.val"),

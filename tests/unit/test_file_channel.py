@@ -11,7 +11,7 @@ import torch
 from redone.config.load import config_from_dict
 from redone.config.schema import WeightsConfig
 from redone.errors import ConfigError, SyncError
-from redone.weights.channel import ShmReader, ShmWriter, location_of, sweep_stale
+from redone.weights.channel import FileWriter, ShmReader, location_of, sweep_stale
 
 
 def test_the_name_belongs_to_the_run_folder(tmp_path: Path) -> None:
@@ -33,14 +33,14 @@ def test_files_of_other_nodes_are_not_swept(tmp_path: Path) -> None:
 
 def test_flushed_bytes_are_in_the_file(tmp_path: Path) -> None:
     location = location_of(WeightsConfig(channel="file", dir=str(tmp_path)), tmp_path / "runs/a", "a")
-    writer = ShmWriter(location, 64)
+    writer = FileWriter(location, 64)
     for value in (1, 2):
         writer.view(0, 64).copy_(torch.full((64,), value, dtype=torch.uint8))
-        writer.flush()
+        writer.announce(0, 64)
         assert Path(location).read_bytes() == bytes([value]) * 64
         assert int(ShmReader(location, 64).view(0, 64).sum()) == 64 * value
     writer.close()
-    writer.flush()
+    writer.announce(0, 64)
     assert not Path(location).exists()
 
 

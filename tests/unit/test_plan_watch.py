@@ -61,6 +61,27 @@ def test_a_slow_run_is_outside(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "planned.json").read_text())["inside"] is False
 
 
+def test_memory_above_the_plan_is_said(tmp_path: Path) -> None:
+    cfg = nemo("trainer.offload=true")
+    options = Options(nodes=4, gpu="h100", prompt_tokens=110.0, response_tokens=3208.0)
+    plan = make_plan(cfg, HF, options)
+    planned = {m.phase: m.total / 1e9 for m in plan.chosen.memory if m.rank == "trainer"}
+    awake = make_plan(nemo(), HF, options)
+    assert planned["rollout"] < max(m.total for m in awake.chosen.memory if m.phase == "rollout") / 1e9
+    watch = PlanWatch.of(cfg, HF)
+    assert watch is not None
+    listen = watch.listener(tmp_path)
+    used = {"memory/rollout_peak_gb": planned["rollout"] + 1, "memory/update_peak_gb": planned["update"] - 1}
+    (said,) = [s for step in (1, 2, 3) if (s := listen(step, {**metrics(300.0), **used}))]
+    assert (
+        f"rollout {planned['rollout'] + 1:.1f} GB (planned {planned['rollout']:.1f}, ABOVE the plan)" in said
+    )
+    assert f"update {planned['update'] - 1:.1f} GB (planned {planned['update']:.1f})" in said
+    assert "weight update" not in said  # not read
+    written = json.loads((tmp_path / "planned.json").read_text())["memory_gb"]
+    assert written["rollout"]["measured"] == pytest.approx(planned["rollout"] + 1)
+
+
 def test_what_cannot_be_predicted_is_said_not_guessed(tmp_path: Path) -> None:
     cramped = nemo("rollout.gpu_memory_utilization=0.5")
     said = told(PlanWatch.of(cramped, HF), tmp_path, [0.0, 1.0, 1.0, 1.0])

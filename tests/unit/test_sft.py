@@ -185,7 +185,7 @@ class Trainer:
         self.loaded = ""
 
     @contextmanager
-    def awake(self) -> Iterator[None]:
+    def awake(self, what: str = "all") -> Iterator[None]:
         yield
 
     def update(self, part: Batch, algorithm: AlgorithmConfig, step: int) -> UpdateReport:

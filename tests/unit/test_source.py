@@ -180,8 +180,11 @@ class Trainer:
         self.dies_at = dies_at
         self.stale: list[int] = []
 
+    def memory(self) -> dict[str, float]:
+        return {}
+
     @contextmanager
-    def awake(self) -> Iterator[None]:
+    def awake(self, what: str = "all") -> Iterator[None]:
         yield
 
     def score_old(self, batch: Batch) -> Batch:

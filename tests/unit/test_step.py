@@ -75,8 +75,8 @@ class Group:
         self.story = story
         self.parts: list[Batch] = []
 
-    def awake(self):  # type: ignore[no-untyped-def]
-        return self.story.span("trainer")
+    def awake(self, what: Awake = "all"):  # type: ignore[no-untyped-def]
+        return self.story.span(f"trainer {what}")
 
     def logprobs(
         self, batch: Batch, policy: Policy = "actor", temperature: float | None = None
@@ -133,10 +133,10 @@ def test_one_update_needs_no_old_logprobs() -> None:
     story, group, metrics = run(config(ppo_mini_batch_size=4))
     assert story.events == [
         "engines all begins", "gen begins", "gen ends", "engines all ends",
-        "trainer begins", "update_actor begins", "update 4 in step 3", "update_actor ends",
-        "update_weights begins", "engines weights begins", "push 3", "engines weights ends",
-        "update_weights ends",
-        "trainer ends",
+        "trainer all begins", "update_actor begins", "update 4 in step 3", "update_actor ends",
+        "update_weights begins", "trainer weights begins", "engines weights begins", "push 3",
+        "engines weights ends", "trainer weights ends", "update_weights ends",
+        "trainer all ends",
     ]  # fmt: skip
     assert group.parts[0].groups[0].trajectories[0].old_logprobs is None
     assert metrics["sync/version"] == 3 and metrics["actor/grad_norm"] == 2.0

@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Iterator
 from typing import Any
+from urllib.parse import urlsplit
 
 import torch
 import torch.distributed as dist
@@ -16,6 +17,7 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.router_replay import RouterReplay
 from torch import Tensor
 
+from redone.api import TrainerPart
 from redone.config.schema import AlgorithmConfig, Config
 from redone.errors import ConfigError, TrainerError
 from redone.layout import check_layout, token_costs
@@ -27,10 +29,13 @@ from redone.trainer.megatron.model import build_modules, transformer_config, unw
 from redone.trainer.megatron.names import hf_tensors
 from redone.trainer.megatron.packages import missing
 from redone.trainer.megatron.publish import Publisher
+from redone.trainer.megatron.residence import Residence, needs
 from redone.trainer.megatron.step import forward_backward, forward_logprobs, row_multiple
 from redone.trainer.megatron.streams import residual_streams
 from redone.types import FloatArray, Policy, RouteArray, Shard, UpdateReport, WeightBucket, WeightPlan
+from redone.weights.open import open_writer
 from redone.weights.plan import make_plan
+from redone.weights.quantize import quantized_metas
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +51,7 @@ class MegatronTrainer:
         prepare(cfg.cluster.device)
         torch.set_num_threads(cfg.trainer.num_threads)
         self.cfg, self.rank, self.world = cfg, rank, world
+        self.host = urlsplit(init_method).hostname or "127.0.0.1"  # rank 0's
         self.dtype: torch.dtype = getattr(torch, cfg.model.dtype)
         self.shape = read_shape(cfg.model.path)
         if errors := check_layout(cfg.trainer.parallel, world, self.shape) + missing(cfg.trainer):
@@ -62,6 +68,7 @@ class MegatronTrainer:
         self.reference = self._copy_parameters() if cfg.algorithm.kl.coef > 0 else None
         self.models = wrap(self.modules, self.config, trainer.optim)
         self.optimizer = optim.build_optimizer(self.models, self.config, trainer.optim, self.dtype)
+        self.residence = Residence(self.models, self.optimizer)
         self.exporter = Exporter(self.modules, self.shape)
         self.saver = checkpoint.Saver(asynchronous=cfg.checkpoint.asynchronous)
         self.checked = not (trainer.prefix_sharing and trainer.self_check)
@@ -112,6 +119,7 @@ class MegatronTrainer:
         }
 
     @on_device
+    @needs("weights")
     def logprobs(self, shard: Shard, policy: Policy, temperature: float) -> list[FloatArray] | None:
         """See redone.api. Raises TrainerError for policy "reference" when algorithm.kl.coef is 0."""
         if policy == "actor":
@@ -126,6 +134,7 @@ class MegatronTrainer:
             self._swap_reference()
 
     @on_device
+    @needs("weights")
     def streams(self, shard: Shard) -> dict[str, FloatArray] | None:
         """See redone.api."""
         return residual_streams(
@@ -140,6 +149,7 @@ class MegatronTrainer:
         return bool(self.config.moe_enable_routing_replay and self.shape.num_experts)
 
     @on_device
+    @needs("weights")
     def logprobs_and_routes(
         self, shard: Shard, temperature: float
     ) -> tuple[list[FloatArray], list[RouteArray]] | None:
@@ -167,6 +177,7 @@ class MegatronTrainer:
         return None if rows is None or routes is None else (rows, routes)
 
     @on_device
+    @needs("all")
     def update(self, shard: Shard, algorithm: AlgorithmConfig) -> UpdateReport:
         """One optimizer step. Raises TrainerError, before anything changed, when the loss is not finite."""
         # Supervised targets come from no sampler: their distribution is the model's own, at temperature 1.
@@ -200,6 +211,8 @@ class MegatronTrainer:
     @on_device
     def weight_plan(self, bucket_bytes: int) -> WeightPlan:
         metas = [(name, self.cfg.model.dtype, shape) for name, shape in hf_tensors(self.shape)]
+        if self.cfg.weights.quantization != "none":
+            metas = list(quantized_metas(metas))
         self.plan = make_plan(metas, bucket_bytes)
         self.publisher = None
         return self.plan
@@ -207,14 +220,31 @@ class MegatronTrainer:
     @on_device
     def publish(self, location: str, version: int) -> Iterator[WeightBucket]:
         """See redone.api. Rank 0 writes every tensor at its place in the channel."""
+        with self.residence.with_("weights"):
+            yield from self._publish(location, version)
+
+    def _publish(self, location: str, version: int) -> Iterator[WeightBucket]:
         weights = self.cfg.weights
         optim.settle(self.models)
         if self.publisher is None:
             plan = self.plan or self.weight_plan(weights.bucket_bytes)
-            self.publisher = Publisher(self.exporter, plan, weights.delta, flush=weights.channel == "file")
+            self.publisher = Publisher(
+                self.exporter,
+                plan,
+                weights.delta,
+                lambda place: open_writer(self.cfg, place, plan, self.host, self.rank),
+                quantize=weights.quantization != "none",
+            )
         return self.publisher.publish(location, version, weights.bucket_bytes)
 
     @on_device
+    def publish_again(self, location: str) -> None:
+        """See redone.api."""
+        assert self.publisher is not None
+        self.publisher.publish_again(location)
+
+    @on_device
+    @needs("all")
     def save(self, path: str) -> None:
         """With checkpoint.asynchronous the states are copied here and written in a thread."""
         optim.settle(self.models)
@@ -223,6 +253,7 @@ class MegatronTrainer:
         self.saver.save(path, self.modules, self.optimizer, meta)
 
     @on_device
+    @needs("all")
     def load(self, path: str) -> None:
         self.saver.wait()
         optim.settle(self.models)
@@ -237,17 +268,29 @@ class MegatronTrainer:
         return f"{dense} ep{p.expert} etp{p.expert_tensor}{chunks}{parts}"
 
     @on_device
+    @needs("weights")
     def export(self, path: str) -> None:
         self.saver.wait()
         optim.settle(self.models)
         write_folder(self.exporter, self.cfg.model.path, path)
 
+    @on_device
     def sleep(self) -> None:
-        """Give device memory to the engines. On CPU both live in host memory and nothing is moved; moving
-        optimizer states off a GPU is not implemented, so trainer and engine must fit together there."""
+        """See redone.api. On the CPU the same copies are made, and no memory is gained."""
+        self.wake("none")
 
-    def wake(self) -> None:
-        """Undo `sleep`."""
+    @on_device
+    def wake(self, what: TrainerPart) -> None:
+        """See redone.api."""
+        if self.cfg.trainer.offload:
+            if self.residence.held != "none":
+                optim.settle(self.models)
+            self.residence.become(what)
+
+    @on_device
+    def memory(self) -> dict[str, float]:
+        """See redone.api."""
+        return self.residence.memory()
 
     @on_device
     def close(self) -> None:

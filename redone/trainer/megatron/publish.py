@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
@@ -11,8 +11,9 @@ from torch import Tensor
 
 from redone.trainer.megatron.export import Exporter
 from redone.types import TensorMeta, WeightBucket, WeightPlan
-from redone.weights.channel import ShmWriter
-from redone.weights.digest import digest
+from redone.weights.collective import CollectiveWriter, bucket_span
+from redone.weights.digest import Writer, digest
+from redone.weights.quantize import quantized_tensors
 from redone.weights.units import unit_of
 
 
@@ -20,16 +21,25 @@ class Publisher:
     """Writes version after version into a channel. Every rank calls publish; rank 0 writes.
 
     Args:
-        flush: write every bucket out before it is announced (weights.channel=file).
         delta: leave out units (redone.weights.units) of which no rank's shards changed since the last time.
+        open_writer: location -> this rank's end of the channel; None where rank 0 alone has one.
+        quantize: the plan is of block-quantised weights (redone.weights.quantize).
     """
 
-    def __init__(self, exporter: Exporter, plan: WeightPlan, delta: bool, flush: bool) -> None:
-        self.exporter, self.plan, self.delta, self.flush = exporter, plan, delta, flush
+    def __init__(
+        self,
+        exporter: Exporter,
+        plan: WeightPlan,
+        delta: bool,
+        open_writer: Callable[[str], Writer | None],
+        quantize: bool = False,
+    ) -> None:
+        self.exporter, self.plan, self.delta, self._open = exporter, plan, delta, open_writer
+        self.quantize = quantize
         self._digests: dict[str, Future[int]] = {}  # of what the channel holds, by Hugging Face name (rank 0)
         self._shards: dict[str, int] = {}  # of this rank's parameters, by Megatron name
         self._last: tuple[str, int] | None = None  # location and version of the last complete publication
-        self._writer: tuple[str, ShmWriter] | None = None
+        self._writer: tuple[str, Writer | None] | None = None
         self._hasher = ThreadPoolExecutor(1, thread_name_prefix="digest")  # hashing lets the copying go on
 
     def publish(self, location: str, version: int, bucket_bytes: int) -> Iterator[WeightBucket]:
@@ -42,28 +52,52 @@ class Publisher:
         skip = self._unchanged_units() if self.delta else frozenset()
         if base is None:
             skip = frozenset()
+        address = self._open_channel(location)
         places = {meta.name: meta for meta in self.plan.tensors}
         last_of = {self.plan.tensors[last - 1].name: i for i, (_, last) in enumerate(self.plan.buckets)}
         written = 0
         gathered = self.exporter.received_bytes
         skipped = [meta.name for meta in self.plan.tensors if unit_of(meta.name) in skip]
-        done = iter(self.exporter.stream(bucket_bytes, frozenset(skipped)))
+        stream = self.exporter.stream(bucket_bytes, frozenset(skipped))
+        done = quantized_tensors(stream) if self.quantize else stream
         for name in (meta.name for meta in self.plan.tensors):
             if name not in skipped:
                 found, tensor = next(done)
                 assert found == name, f"exporter gave {found} in the place of {name}"
                 if tensor is not None:
-                    self._digests[name] = self._write(location, places[name], tensor)
+                    self._digests[name] = self._write(places[name], tensor)
                     written += places[name].nbytes
-            if name in last_of and dist.get_rank() == 0:
+            if name in last_of:
                 index = last_of[name]
-                if self.flush and self._writer is not None:
-                    self._writer[1].flush()
+                if self.writer is not None:
+                    self.writer.announce(*bucket_span(self.plan, index))
+                if dist.get_rank() != 0:
+                    continue
                 total = self.exporter.received_bytes
-                yield self._bucket(location, version, index, skip, base, written, total - gathered)
+                yield self._bucket(address, version, index, skip, base, written, total - gathered)
                 written, gathered = 0, total
         assert next(done, None) is None, "the exporter has more tensors than the plan"
+        if self.writer is not None:
+            self.writer.finish()
         self._last = (location, version)
+
+    def publish_again(self, location: str) -> None:
+        """Rank 0: the last version for engines that missed it (weights.channel=collective)."""
+        assert isinstance(self.writer, CollectiveWriter)
+        spans = [bucket_span(self.plan, index) for index in range(len(self.plan.buckets))]
+        self.writer.send_again(location, spans)
+
+    @property
+    def writer(self) -> Writer | None:
+        """This rank's end of the channel that was published into last."""
+        return None if self._writer is None else self._writer[1]
+
+    def _open_channel(self, location: str) -> str:
+        """The address of the publication that begins."""
+        if self._writer is None or self._writer[0] != location:
+            self._close_writer()
+            self._writer = (location, self._open(location))
+        return "" if self.writer is None else self.writer.begin()
 
     def _bucket(
         self,
@@ -103,12 +137,10 @@ class Publisher:
         dist.all_gather_object(everyone, changed)
         return frozenset({unit_of(meta.name) for meta in self.plan.tensors} - set().union(*everyone))
 
-    def _write(self, location: str, meta: TensorMeta, tensor: Tensor) -> Future[int]:
+    def _write(self, meta: TensorMeta, tensor: Tensor) -> Future[int]:
         """Copy into the channel; the digest of what is there now, computed while the next one is copied."""
-        if self._writer is None or self._writer[0] != location:
-            self._close_writer()
-            self._writer = (location, ShmWriter(location, self.plan.total_bytes))
-        view = self._writer[1].view(meta.offset, meta.nbytes)
+        assert self.writer is not None
+        view = self.writer.view(meta.offset, meta.nbytes)
         source = tensor.detach()
         view.view(source.dtype).view(source.shape).copy_(source)
         return self._hasher.submit(digest, view)
@@ -118,9 +150,9 @@ class Publisher:
         self._close_writer()
 
     def _close_writer(self) -> None:
-        if self._writer is not None:
-            self._writer[1].close()
-            self._writer = None
+        if self.writer is not None:
+            self.writer.close()
+        self._writer = None
 
 
 def _bytes(tensor: Tensor) -> Tensor:
