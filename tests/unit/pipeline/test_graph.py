@@ -106,6 +106,20 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
 ALL = list(NODES)
 
 
+def test_the_same_model_is_not_asked_the_same_items_twice(place: Place) -> None:
+    """A stage that hands its model on (refused, or without rows) is measured by the answers before."""
+    nodes = {"final.model": "explore", "final.data": ["val.jsonl"]}
+    assert place.run(place.config(nodes=nodes)) == ALL[:-1]
+    root = place.root / "runs" / "p"
+    current = json.loads((root / "current.json").read_text())
+    one, other = (json.loads((root / current[n] / "node.json").read_text()) for n in ("measure", "final"))
+    assert other["outputs"] == one["outputs"] and (other["name"], other["seconds"]) == ("final", 0)
+    assert place.run(place.config(nodes=nodes)) == []
+    assert place.run(place.config(nodes=nodes), only="final") == ["final"]
+    nodes["final.model"] = "target"
+    assert place.run(place.config(nodes=nodes)) == ["final"]
+
+
 def test_every_node_runs_once_and_then_never_again(place: Place) -> None:
     assert place.run(place.config()) == ALL
     assert place.run(place.config()) == []
