@@ -272,7 +272,7 @@ class Graph:
         return all(self.path(output).exists() for output in done.outputs.values())
 
     def _twin(self, name: str, inputs: Mapping[str, str]) -> Finished | None:
-        """Another evaluation of the same model on the same items, e.g. of a stage that handed its model on."""
+        """Another evaluation of the same model on the same items: of a stage that handed its model on."""
         if self.cfg.pipeline.nodes[name].kind != "evaluate":
             return None
         alike = (d for d in self.finished.values() if d.kind == "evaluate" and d.inputs == inputs)
