@@ -54,8 +54,8 @@ RUN = "run"  # the run folder inside a training node's folder
 class Unscored:
     """Stands where rewards are needed but a judge scores later."""
 
-    async def score(self, prompt: Prompt, completion: Completion) -> Score:
-        return Score(raw=0.0, value=0.0, correct=False)
+    async def score_group(self, prompt: Prompt, completions: Sequence[Completion]) -> list[Score]:
+        return [Score(raw=0.0, value=0.0, correct=False) for _ in completions]
 
 
 class Stages:

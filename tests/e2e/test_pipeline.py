@@ -112,10 +112,12 @@ def answers(root: Path, name: str, file: str) -> list[dict[str, Any]]:
 
 def close(one: dict[str, float], other: dict[str, float]) -> None:
     """Every metric of a step that is not a duration is the same."""
-    keys = {k for k in one if not k.startswith(("timing_s/", "perf/", "reward_latency/")) and k != "time"}
-    assert keys == {
-        k for k in other if not k.startswith(("timing_s/", "perf/", "reward_latency/")) and k != "time"
-    }
+    timed = ("timing_s/", "perf/", "reward_latency/")
+    keys, others = (
+        {k for k in m if not k.startswith(timed) and not k.endswith("_s") and k != "time"}
+        for m in (one, other)
+    )
+    assert keys == others
     for key in keys - {k for k in keys if k.startswith(("sync/canary", "parity/"))}:
         assert other[key] == pytest.approx(one[key], abs=1e-6, rel=1e-5), (one["step"], key)
 
