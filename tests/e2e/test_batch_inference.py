@@ -8,7 +8,7 @@ import pytest
 
 from .conftest import TINY, Workplace
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.extra]
 
 
 def test_every_row_is_answered_and_a_cut_file_is_gone_on_with(workplace: Workplace) -> None:

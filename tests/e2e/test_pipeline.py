@@ -145,7 +145,7 @@ MOMENTS: dict[str, Callable[[Path], bool]] = {
 }
 
 
-@pytest.mark.unproven
+@pytest.mark.extra  # five minutes
 def test_killed_in_every_stage_equals_the_uninterrupted_pipeline(made: Made) -> None:
     """SIGKILL in explore, soft labels, target and refine, one after the other, each time gone on with."""
     place, _ = made
@@ -233,7 +233,6 @@ def test_an_empty_failure_bucket_skips_the_target_or_stops(made: Made) -> None:
     assert done.returncode == 2 and "no task fails" in done.stderr
 
 
-@pytest.mark.unproven
 def test_a_judge_that_is_down_stops_and_keeps_the_candidates(made: Made) -> None:
     place, _ = made
     judge = (

@@ -14,7 +14,7 @@ from redone.errors import ConfigError, RedoneError, RunFolderError
 
 from .conftest import Jobs
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.extra]
 
 CUDA = ("cluster.device=cuda", "rollout.engine.in_process=false")
 
