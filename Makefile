@@ -1,4 +1,4 @@
-# make quickstart | quickstart-fast | quickstart-sentiment | test | test-full | gpu-check | lint | install | lock | clean    (see docs/install.md)
+# make help says what there is (see docs/install.md)
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
@@ -99,7 +99,7 @@ test: system-packages lint
 test-full: system-packages lint
 	$(PYTEST) -m "slow and not extra and not unproven and not gpu and not sglang"
 
-test-extra: install
+test-extra: system-packages lint
 	$(PYTEST) -m "extra and not unproven"
 
 # The trainer's tests on the sources of a newer megatron-core, which stands before the installed one on the ranks'

@@ -69,12 +69,9 @@ class Trainer(Protocol):
     def export(self, path: str) -> None:
         """Write a Hugging Face folder (rank 0 writes, all ranks take part)."""
 
-    def sleep(self) -> None:
-        """trainer.offload: give the device to the engines. Other methods bring what they need, and return
-        it."""
-
-    def wake(self, what: TrainerPart) -> None:
-        """trainer.offload: exactly `what` is on the device afterwards."""
+    def hold(self, what: TrainerPart) -> None:
+        """trainer.offload: exactly `what` is on the device afterwards; other methods bring what they need,
+        and return it. Without it states stay, and "none" gives back what the allocator keeps."""
 
     def memory(self) -> dict[str, float]:
         """Bytes. states: of this rank, on its device. used: of the device, by all processes (CPU: of this

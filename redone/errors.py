@@ -43,3 +43,8 @@ class RunFolderError(RedoneError):
 
 class JudgeError(RedoneError):
     """The endpoint of an LLM judge is down or refuses every request; the message names it."""
+
+
+def first_line(error: BaseException) -> str:
+    """Of another library's error, for a message of ours."""
+    return (str(error).splitlines() or [type(error).__name__])[0]

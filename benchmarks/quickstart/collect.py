@@ -13,14 +13,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
-import subprocess
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from redone.bench.result import commit_of, require_clean
+from redone.bench.roofline import processor
 from redone.evaluate.compare import compare
 from redone.evaluate.runner import Evaluation, read_evaluation
 from redone.record.summary import read_summary
@@ -51,17 +51,6 @@ def result_of(run: Path, references: dict[str, Evaluation]) -> dict[str, Any]:
     }
 
 
-def commit() -> str:
-    """Raises when the tree is dirty: a figure belongs to a commit."""
-    if subprocess.run(
-        ["git", "status", "--porcelain", "-uno"], capture_output=True, text=True
-    ).stdout.strip():
-        raise SystemExit("the tree has uncommitted changes: commit first, so that the result names its code")
-    return subprocess.run(
-        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True
-    ).stdout.strip()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -72,15 +61,13 @@ def main() -> None:
         "--note", default="", help="what else a reader must know, e.g. other load on the machine"
     )
     args = parser.parse_args()
+    commit = commit_of()
+    require_clean(commit, allow_dirty=False)
     references = {name: read_evaluation(args.runs[0] / "evals" / f"{name}.jsonl") for name in OTHERS}
-    with open("/proc/cpuinfo", encoding="utf-8") as f:
-        processor = next(
-            (line.split(":")[1].strip() for line in f if line.startswith("model name")), platform.machine()
-        )
     result = {
         "benchmark": "quickstart",
-        "commit": commit(),
-        "device": processor,
+        "commit": commit.id,
+        "device": processor(),
         "versions": dict(read_summary(args.runs[0] / "summary.json").versions),
         "note": args.note,
         "references": {name: asdict(e.summary()) for name, e in references.items()},

@@ -49,7 +49,9 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
         "--host-memory", type=float, metavar="BYTES", help="RAM of a node, e.g. 2e12 (default: by GPU)"
     )
     parser.add_argument(
-        "--trainer-sleeps", action="store_true", help="trainer states leave the GPU in rollouts (not built)"
+        "--trainer-sleeps",
+        action="store_true",
+        help="trainer states leave the GPU in rollouts, as with trainer.offload",
     )
     parser.add_argument("--cpu-optimizer", action="store_true", help="optimizer states live on the host")
     parser.add_argument(

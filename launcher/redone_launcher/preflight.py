@@ -133,9 +133,7 @@ def judge_facts(
                 name = "memory" if key == "ram_free_gb" else "/dev/shm"
                 problems.append(Problem(node, f"{facts[key]:.1f} GB of {name} free, {need:.1f} needed"))
         if cfg.cluster.device == "cuda" and len(facts["gpus"]) < cfg.node_gpus:
-            own = f" + rollout.gpus_per_node={cfg.rollout.gpus_per_node}" if cfg.rollout.gpus_per_node else ""
-            wanted = f"cluster.gpus_per_node={cfg.cluster.gpus_per_node}{own}"
-            problems.append(Problem(node, f"{len(facts['gpus'])} GPUs, {wanted}"))
+            problems.append(Problem(node, f"{len(facts['gpus'])} GPUs, {cfg.node_gpus_keys}"))
     tables = {node: _comparable(facts) for node, facts in all_facts.items()}
     return problems + odd_ones(tables)
 

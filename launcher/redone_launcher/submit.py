@@ -147,7 +147,7 @@ def _fits(cfg: Config, site: Site, found: dict[str, Partition]) -> None:
         raise SlurmError(f"--nodes {c.nodes}: partition {partition.name} has {partition.nodes} nodes")
     if c.device == "cuda" and cfg.node_gpus > partition.gpus:
         raise SlurmError(
-            f"cluster.gpus_per_node={c.gpus_per_node}: the nodes of partition {partition.name} have "
+            f"{cfg.node_gpus_keys}: the nodes of partition {partition.name} have "
             f"{partition.gpus} GPUs ({', '.join(partition.gres)})"
         )
     if (cpus := _cpus(cfg, site)) > partition.cpus:

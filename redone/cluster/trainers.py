@@ -153,7 +153,7 @@ class RayTrainerGroup:
     def _become(self, part: TrainerPart) -> None:
         if self.turns is not None:
             self.turns.trainer_becomes(part)
-        self._call("wake", part)
+        self._call("hold", part)
 
     def rest(self) -> None:
         """trainer.offload: leave the device, whatever the phase; what needs states brings them."""

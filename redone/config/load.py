@@ -18,7 +18,7 @@ from pydantic_core import ErrorDetails
 from redone.config.paths import field_at, known_keys, user_path, variants_of, variants_with
 from redone.config.schema import SCHEMA_VERSION, Config, RewardConfig
 from redone.config.verl_keys import explain
-from redone.errors import ConfigError
+from redone.errors import ConfigError, first_line
 
 MAX_SHOWN = 15
 _DISCRIMINATORS = ("type", "family", "kind")
@@ -60,7 +60,7 @@ def build_config(tree: Mapping[str, Any], overrides: Sequence[str], source: str)
     except OmegaConfBaseException as error:
         key = error.full_key or "?"
         raise ConfigError(
-            f"{source}: cannot resolve {key}: {_first_line(error)}; set it in the file"
+            f"{source}: cannot resolve {key}: {first_line(error)}; set it in the file"
         ) from error
     return config_from_dict(cast(dict[str, Any], resolved), source)
 
@@ -137,7 +137,7 @@ def _read(path: Path, including: tuple[Path, ...]) -> dict[str, Any]:
         where = f"{path}:{mark.line + 1}" if mark else str(path)
         raise ConfigError(f"{where}: not valid YAML: {error.problem or error.context}") from error
     except (yaml.YAMLError, UnicodeDecodeError, OSError, OmegaConfBaseException) as error:
-        raise ConfigError(f"{path}: cannot be read as YAML: {_first_line(error)}") from error
+        raise ConfigError(f"{path}: cannot be read as YAML: {first_line(error)}") from error
     if not isinstance(loaded, DictConfig):
         raise ConfigError(f"{path}: holds a list; a configuration is a mapping of sections")
     own = cast(dict[str, Any], OmegaConf.to_container(loaded, resolve=False))
@@ -159,7 +159,7 @@ def _parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
         try:
             parsed = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={value}"]), resolve=False)
         except (yaml.YAMLError, OmegaConfBaseException) as error:
-            raise ConfigError(f"override {override!r}: not a YAML value: {_first_line(error)}") from error
+            raise ConfigError(f"override {override!r}: not a YAML value: {first_line(error)}") from error
         nested: Any = cast(dict[str, Any], parsed)["value"]
         for part in reversed(key.split(".")):
             nested = {part: nested}
@@ -246,10 +246,6 @@ def _bare(name: str) -> str:
 def _shown(value: Any) -> str:
     text = "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _escape(value: Any) -> Any:

@@ -378,6 +378,12 @@ class Config(Section):
         return self.cluster.gpus_per_node + self.rollout.gpus_per_node
 
     @property
+    def node_gpus_keys(self) -> str:
+        """What `node_gpus` adds up, for messages."""
+        own = f" + rollout.gpus_per_node={self.rollout.gpus_per_node}" if self.rollout.gpus_per_node else ""
+        return f"cluster.gpus_per_node={self.cluster.gpus_per_node}{own}"
+
+    @property
     def shared_gpus(self) -> bool:
         """Engines and trainer use the same GPUs in turn."""
         return self.cluster.device == "cuda" and not self.rollout.gpus_per_node

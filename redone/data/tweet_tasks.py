@@ -9,7 +9,6 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from types import MappingProxyType
 from typing import Any
 
 from redone.data.tweets import EXAMPLES, SYSTEM, Split, Tweet, label_of, split_of
@@ -65,7 +64,7 @@ def task_rows(
     tweets: Sequence[Tweet],
     sizes: dict[Split, int],
     seed: int,
-    special: Mapping[tuple[str, Split], int] = MappingProxyType({}),
+    special: Mapping[tuple[str, Split], int],
 ) -> dict[Split, list[dict[str, Any]]]:
     """Rows in verl's format, at most sizes[split] of every task, or special[task, split]."""
     shuffled = list(tweets)

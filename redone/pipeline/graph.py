@@ -180,7 +180,7 @@ class Graph:
             twin = None if name in again else self._twin(name, inputs)
             if twin is not None:
                 self._settle(name, self._write(folder, replace(twin, name=name, seconds=0.0)))
-                observer.state(name, "done", f"the same model and items as {twin.name}: its answers")
+                observer.state(name, "done", f"the same inputs as {twin.name}: what that made")
                 continue
             observer.state(name, "running")
             started = time.monotonic()
@@ -272,10 +272,9 @@ class Graph:
         return all(self.path(output).exists() for output in done.outputs.values())
 
     def _twin(self, name: str, inputs: Mapping[str, str]) -> Finished | None:
-        """Another evaluation of the same model on the same items: of a stage that handed its model on."""
-        if self.cfg.pipeline.nodes[name].kind != "evaluate":
-            return None
-        alike = (d for d in self.finished.values() if d.kind == "evaluate" and d.inputs == inputs)
+        """A finished node that read the same, e.g. evaluated a model that a stage then handed on."""
+        kind = self.cfg.pipeline.nodes[name].kind
+        alike = (d for d in self.finished.values() if d.kind == kind and d.inputs == inputs)
         return next((d for d in alike if d.name != name and self._intact(d)), None)
 
     def _write(self, folder: Path, done: Finished) -> Finished:

@@ -114,9 +114,9 @@ def results_table(results: Results, title: str) -> RenderableType:
         table.add_row(task, str(first.n), *(_text(results, task, c, cells[c]) for c in results.columns))
     for group, cells in results.macros.items():
         label = f"mean ({group})"
-        shown = [f"{cells[c].score:.3f} [{cells[c].low:.3f}, {cells[c].high:.3f}]" for c in results.columns]
+        shown = [_lines(cells[c]) for c in results.columns]
         table.add_row(label, str(cells[results.columns[0]].n), *shown, style="bold")
-    note = f"mean score [95 % interval]; + better, - worse than {results.columns[0]} (paired test, p < 0.05)"
+    note = f"mean score, 95 % interval; + better, - worse than {results.columns[0]} (paired test, p < 0.05)"
     return Group(table, Text(note, style="dim"))
 
 
@@ -125,7 +125,12 @@ def _text(results: Results, task: str, column: str, cell: Cell) -> str:
     mark = ""
     if test is not None and test.p_value < 0.05 and test.difference != 0:
         mark = " +" if test.difference > 0 else " -"
-    return f"{cell.score:.3f} [{cell.low:.2f}, {cell.high:.2f}]{mark}"
+    return _lines(cell, mark)
+
+
+def _lines(cell: Cell, mark: str = "") -> str:
+    """Score above interval: four stages side by side fit a terminal of 80 columns."""
+    return f"{cell.score:.3f}{mark}\n{cell.low:.2f}-{cell.high:.2f}"
 
 
 def ablation_table(results: Results) -> RenderableType:

@@ -20,11 +20,8 @@ from redone.planner.phases import Sizes, cache_margin
 from redone.record.flops import model_flops
 
 GB = 1e9
-CONTEXT_SCATTER = (
-    1,
-    5,
-    9,
-)  # published packed runs with context parallelism against the model (notes, section 1)
+# How much slower the trainer may be than counted: published packed runs with context parallelism.
+CONTEXT_SCATTER = (1, 5, 9)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

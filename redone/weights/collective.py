@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
-from redone.errors import SyncError
+from redone.errors import SyncError, first_line
 from redone.types import WeightPlan
 from redone.weights.channel import ShmWriter
 
@@ -102,7 +102,7 @@ class _Group:
         except RuntimeError as error:
             raise SyncError(
                 f"weight channel: not all of {meeting.size} members (trainer rank 0 and every engine rank) "
-                f"met at {meeting.host}:{meeting.port} within {meeting.meet_s:g} s: {_first_line(error)}"
+                f"met at {meeting.host}:{meeting.port} within {meeting.meet_s:g} s: {first_line(error)}"
             ) from error
 
     def _make(self, store: PrefixStore) -> Any:
@@ -126,7 +126,7 @@ class _Group:
             side = "could not be sent" if self.rank == 0 else "did not arrive"
             raise SyncError(
                 f"weight channel: {what} {side} within {self.meeting.timeout_s:g} s, or a member of the group"
-                f" is gone: {_first_line(error)}"
+                f" is gone: {first_line(error)}"
             ) from error
 
     def part(self) -> None:
@@ -138,11 +138,7 @@ class _Group:
         try:
             self._group.allreduce([torch.zeros(1, device=self.device)], options).wait()
         except RuntimeError as error:
-            raise SyncError(f"weight channel: a member left before the end: {_first_line(error)}") from error
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+            raise SyncError(f"weight channel: a member left before the end: {first_line(error)}") from error
 
 
 class CollectiveWriter(ShmWriter):
@@ -244,7 +240,7 @@ class CollectiveReader:
         except RuntimeError as error:
             raise SyncError(
                 f"weight channel: trainer rank 0 does not answer at {meeting.host}:{meeting.port}: "
-                f"{_first_line(error)}"
+                f"{first_line(error)}"
             ) from error
         if rank >= meeting.size:
             raise SyncError(f"weight channel: a group of {meeting.size} members has no place for one more")

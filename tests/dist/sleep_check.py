@@ -39,18 +39,18 @@ def _run(
     trainer = worker.make_trainer(worker.model_folder(kind), layout, offload=offload, **options)
     held, states, metrics = [], [], []
     path = str(worker.FOLDER / f"asleep-{kind}-{offload}-{len(options)}-{layout[2]}")
-    trainer.sleep()
+    trainer.hold("none")
     for step, batch in enumerate(batches):
         shard = worker.shard_of(trainer, batch)[1]
         states.append(trainer.memory()["states"])
-        trainer.wake("all")
+        trainer.hold("all")
         states.append(trainer.memory()["states"])
         report = trainer.update(shard, trainer.cfg.algorithm)
         metrics.append((report.loss, report.grad_norm))
         states.append(trainer.memory()["states"])
-        trainer.wake("weights")
+        trainer.hold("weights")
         states.append(trainer.memory()["states"])
-        trainer.sleep()
+        trainer.hold("none")
         if step == 1:  # asleep: what these need comes and goes
             trainer.save(path)
             held.append(trainer.residence.held)

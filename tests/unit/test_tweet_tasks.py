@@ -37,7 +37,7 @@ def rows() -> dict[str, list[dict[str, Any]]]:
     assert {s for t in tweets for s in [split_of(t.text)]} == {"train", "val", "test"} and len(
         TOPIC_RULES
     ) == 6
-    return task_rows(tweets, {"train": 60, "val": 12, "test": 12}, seed=0)  # type: ignore[return-value]
+    return task_rows(tweets, {"train": 60, "val": 12, "test": 12}, 0, {("topic", "test"): 6})  # type: ignore[return-value]
 
 
 def test_every_task_is_there_and_splits_are_disjoint(rows: dict[str, list[dict[str, Any]]]) -> None:

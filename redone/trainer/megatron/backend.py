@@ -275,17 +275,14 @@ class MegatronTrainer:
         write_folder(self.exporter, self.cfg.model.path, path)
 
     @on_device
-    def sleep(self) -> None:
+    def hold(self, what: TrainerPart) -> None:
         """See redone.api. On the CPU the same copies are made, and no memory is gained."""
-        self.wake("none")
-
-    @on_device
-    def wake(self, what: TrainerPart) -> None:
-        """See redone.api."""
         if self.cfg.trainer.offload:
             if self.residence.held != "none":
                 optim.settle(self.models)
             self.residence.become(what)
+        elif what == "none":
+            torch.cuda.empty_cache()
 
     @on_device
     def memory(self) -> dict[str, float]:

@@ -55,8 +55,17 @@ def test_tasks_means_and_paired_tests() -> None:
     assert (test.test, test.gained, test.lost) == ("mcnemar", 18, 0) and test.p_value < 1e-4
     text = shown(results_table(found, "t"))
     marks = {line.split()[0]: line.strip()[-1] for line in text.splitlines() if line.strip()}
-    assert (marks["a"], marks["maths"]) == ("+", "-") and marks["b"] == "]"
+    assert (marks["a"], marks["maths"]) == ("+", "-") and marks["b"].isdigit()
     assert "mean (general)" in text
+
+
+def test_four_stages_fit_eighty_columns() -> None:
+    table = results_table(
+        collect_results(COLUMNS | {"target": COLUMNS["base"], "refine": COLUMNS["base"]}), "t"
+    )
+    lines = shown(table).splitlines()
+    assert max(len(line.rstrip()) for line in lines) <= 80
+    assert len([line for line in lines if "-0." in line or "-1." in line]) == 3 + 3  # tasks and means
 
 
 def test_the_ablation_is_a_row_per_run() -> None:
