@@ -28,6 +28,7 @@ ScoreStatus = Literal["ok", "error", "timeout"]
 class Message:
     role: str  # "system" | "user" | "assistant"
     content: str
+    trained: bool = True  # of an assistant turn: supervised training imitates it, or it is context only
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -16,13 +17,7 @@ from redone.errors import ConfigError, RedoneError
 from redone.pipeline.answers import Answers, read_answers
 from redone.pipeline.folder import write_json
 from redone.pipeline.graph import Graph
-from redone.pipeline.results import (
-    Results,
-    ablation_table,
-    collect_results,
-    results_table,
-    write_results,
-)
+from redone.pipeline.results import ablation_table, collect_results, results_table, write_results
 from redone.record.graph import GraphDisplay
 from redone_launcher.session import Session
 from redone_launcher.stages import Stages
@@ -92,12 +87,27 @@ def show_table(graph: Graph) -> None:
     found = {column: node for column, node in table.items() if graph.look(node) is not None}
     if not found:
         return
-    results: Results = collect_results({column: answers_of(graph, node) for column, node in found.items()})
+    results = collect_results({column: answers_of(graph, node) for column, node in found.items()})
+    results = replace(results, notes=same_models(graph, found))
     title = f"{graph.cfg.run.name}: held-out results"
     page = write_results(graph.root, results, title)
     console = Console()
     console.print(results_table(results, title))
     console.print(f"{page}", highlight=False, soft_wrap=True)
+
+
+def same_models(graph: Graph, columns: Mapping[str, str]) -> tuple[str, ...]:
+    """A sentence for every column whose model is an earlier column's, e.g. refused by a stage's gate."""
+    first: dict[str, str] = {}
+    notes = []
+    for column, node in columns.items():
+        model = graph.finished[node].inputs["model[0]"]
+        if model in first:
+            notes.append(
+                f"{column} is the model of {first[model]}: a stage between them handed it on unchanged"
+            )
+        first.setdefault(model, column)
+    return tuple(notes)
 
 
 def answers_of(graph: Graph, node: str) -> list[Answers]:

@@ -67,7 +67,7 @@ class Chat:
         return [np.asarray(ids, dtype=np.int32) for ids in found]
 
     def sft_tokens(self, messages: Sequence[Message]) -> tuple[IntArray, NDArray[np.bool_]]:
-        """(ids [T] int32, mask [T] bool): True on what the model must produce, i.e. everything of an
+        """(ids [T] int32, mask [T] bool): True on what the model must produce, i.e. everything of a trained
         assistant turn behind the generation prompt, its end-of-turn token included.
 
         The text is tokenized in pieces, cut where training begins and ends, because generation sees the
@@ -81,7 +81,9 @@ class Chat:
         ids: list[int] = []
         mask: list[bool] = []
         at = 0
-        for start, end in (*self._trained_spans(messages, text), (len(text), len(text))):
+        answers = [m for m in messages if m.role == "assistant"]
+        spans = zip(self._answer_spans(messages, text), answers, strict=True)
+        for start, end in (*(span for span, m in spans if m.trained), (len(text), len(text))):
             for piece, trained in ((text[at:start], False), (text[start:end], True)):
                 tokens = self.tokenizer(piece, add_special_tokens=False)["input_ids"] if piece else []
                 ids += tokens
@@ -105,7 +107,7 @@ class Chat:
             return messages
         return (Message(role="system", content=self.system_prompt), *messages)
 
-    def _trained_spans(self, messages: Sequence[Message], text: str) -> list[tuple[int, int]]:
+    def _answer_spans(self, messages: Sequence[Message], text: str) -> list[tuple[int, int]]:
         """[start, end) characters of `text` that the model must produce, one span per assistant turn."""
         marks = [SENTINEL.format(i) for i in range(len(messages))]
         skeleton = self.render(

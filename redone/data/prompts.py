@@ -97,10 +97,7 @@ def read_rows(file: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
 
 def parse_row(values: Mapping[str, Any], place: str, cfg: Config) -> Row:
     """Raises DataError that says which column of the row is wrong."""
-    source = values.get("data_source") or "default"
-    if not isinstance(source, str):
-        raise DataError(f"{place}: data_source={source!r} is not a text")
-    task = values.get("task") or source
+    task, source = task_of(values, place)
     domain = values.get("domain") or "sns"
     if domain not in DOMAINS:
         raise DataError(f"{place}: domain={domain!r} is not one of {', '.join(DOMAINS)}")
@@ -112,7 +109,7 @@ def parse_row(values: Mapping[str, Any], place: str, cfg: Config) -> Row:
         raise DataError(f"{place}: no reward for task {task!r}; add rewards.{task} (or rewards.default)")
     return Row(
         place=place,
-        task=str(task),
+        task=task,
         domain=domain,
         data_source=source,
         messages=parse_messages(values.get(cfg.data.prompt_key), cfg.data.prompt_key, place),
@@ -120,6 +117,14 @@ def parse_row(values: Mapping[str, Any], place: str, cfg: Config) -> Row:
         reward=reward,
         extra=dict(extra),
     )
+
+
+def task_of(values: Mapping[str, Any], place: str) -> tuple[str, str]:
+    """(task, data source) of a row."""
+    source = values.get("data_source") or "default"
+    if not isinstance(source, str):
+        raise DataError(f"{place}: data_source={source!r} is not a text")
+    return str(values.get("task") or source), source
 
 
 def parse_messages(value: Any, key: str, place: str) -> tuple[Message, ...]:
@@ -139,7 +144,10 @@ def parse_messages(value: Any, key: str, place: str) -> tuple[Message, ...]:
                 f"{place}: {key}[{number}] must have a role of {', '.join(ROLES)} and a text content, "
                 f"got {turn!r:.80}"
             )
-        messages.append(Message(role=role, content=content))
+        weight = turn.get("weight", 1)
+        if weight not in (0, 1):
+            raise DataError(f"{place}: {key}[{number}] has weight={weight!r}; 0 (context only) or 1 is known")
+        messages.append(Message(role=role, content=content, trained=weight == 1))
     if messages[-1].role != "user":
         raise DataError(f"{place}: {key} must end with a user message, not {messages[-1].role}")
     return tuple(messages)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -68,14 +68,18 @@ def load_examples(files: Sequence[str], cfg: Config, chat: Chat) -> ExampleSet:
                 too_long += 1
                 continue
             task = str(values.get("task") or values.get("data_source") or "default")
-            key = json.dumps([task, [[m.role, m.content] for m in messages]], ensure_ascii=False)
+            key = json.dumps([task, [as_turn(m) for m in messages]], ensure_ascii=False)
             copies[key] = copies.get(key, 0) + 1
             examples.append(_example(key, copies[key], task, ids, mask, place))
     return ExampleSet(examples=tuple(examples), too_long=too_long)
 
 
 def conversation(values: Mapping[str, Any], cfg: Config, place: str) -> tuple[Message, ...]:
-    """`messages` that end with the assistant, or the prompt column and sft.response_key. Raises DataError."""
+    """`messages` that end with the assistant, or the prompt column and sft.response_key. Raises DataError.
+
+    Every assistant turn of `messages` is trained on but those of "weight": 0 (the format of OpenAI's
+    fine-tuning files); of a prompt and its response, the response alone.
+    """
     whole = values.get("messages")
     if whole is not None:
         if not isinstance(whole, list | tuple) or len(whole) < 2:
@@ -86,9 +90,13 @@ def conversation(values: Mapping[str, Any], cfg: Config, place: str) -> tuple[Me
         if not isinstance(last, Mapping) or last.get("role") != "assistant":
             raise DataError(f"{place}: messages must end with the assistant, not {last!r:.80}")
         response = last.get("content")
+        if last.get("weight", 1) != 1:
+            raise DataError(
+                f"{place}: the last message has weight={last['weight']!r}; it is what is trained on"
+            )
         turns = parse_messages(list(whole[:-1]), "messages", place)
     else:
-        turns = parse_messages(values.get(cfg.data.prompt_key), cfg.data.prompt_key, place)
+        turns = as_context(parse_messages(values.get(cfg.data.prompt_key), cfg.data.prompt_key, place))
         response = values.get(cfg.sft.response_key)
     if not isinstance(response, str) or not response:
         raise DataError(
@@ -116,6 +124,17 @@ def batches(examples: Sequence[Example], sft: SftConfig, seed: int, epoch: int) 
         if sft.short_batch == "merge":
             steps[-1] = steps[-1] + rest
     return [[i for unit in step for i in unit] for step in steps]
+
+
+def as_context(turns: Sequence[Message]) -> tuple[Message, ...]:
+    """The turns of a prompt: nothing of them is trained on."""
+    return tuple(replace(m, trained=False) for m in turns)
+
+
+def as_turn(message: Message) -> dict[str, Any]:
+    """As rows hold it."""
+    turn: dict[str, Any] = {"role": message.role, "content": message.content}
+    return turn if message.trained or message.role != "assistant" else turn | {"weight": 0}
 
 
 def _next_fit(order: Sequence[int], examples: Sequence[Example], limit: int) -> Iterator[list[int]]:

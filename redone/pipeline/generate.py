@@ -14,7 +14,7 @@ from typing import Any
 from redone.api import EngineFleet
 from redone.config.schema import Config
 from redone.data.chat import Chat
-from redone.data.prompts import parse_messages, read_rows
+from redone.data.prompts import parse_messages, read_rows, task_of
 from redone.errors import DataError
 from redone.evaluate.runner import sample_seed
 from redone.pipeline.answers import CONCURRENCY, in_order
@@ -29,6 +29,7 @@ class Request:
     values: Mapping[str, Any]
     ids: IntArray
     key: str  # decides the seeds: the prompt, not its place
+    longest: int | None  # of data.task_max_response_length
 
 
 def generate(
@@ -56,7 +57,7 @@ def generate(
 
     async def answer(request: Request) -> dict[str, Any]:
         seeds = [sample_seed(cfg.run.seed, request.key, i) for i in range(wanted.n)]
-        completions = await engines.generate(request.ids.tolist(), sampling, seeds)
+        completions = await engines.generate(request.ids.tolist(), sampling.within(request.longest), seeds)
         return {
             **request.values,
             "responses": [c.text for c in completions],
@@ -86,7 +87,8 @@ def requests(source: str, cfg: Config, chat: Chat) -> Iterator[Request]:
                 f"{place}: the prompt has {len(ids)} tokens, data.max_prompt_length="
                 f"{cfg.data.max_prompt_length}; raise it"
             )
-        yield Request(values, ids, of_value([[m.role, m.content] for m in messages]))
+        longest = cfg.data.task_max_response_length.get(task_of(values, place)[0])
+        yield Request(values, ids, of_value([[m.role, m.content] for m in messages]), longest)
 
 
 def repair(path: Path) -> int:

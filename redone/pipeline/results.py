@@ -46,6 +46,7 @@ class Results:
     macros: Mapping[str, Mapping[str, Cell]]  # domain (and "all") -> column -> mean over its tasks
     tests: Mapping[str, Mapping[str, Comparison]]  # task -> column -> against the first column
     domains: Mapping[str, str]
+    notes: tuple[str, ...] = ()  # sentences under the table
 
 
 def collect_results(columns: Mapping[str, Sequence[Answers]]) -> Results:
@@ -117,7 +118,7 @@ def results_table(results: Results, title: str) -> RenderableType:
         shown = [_lines(cells[c]) for c in results.columns]
         table.add_row(label, str(cells[results.columns[0]].n), *shown, style="bold")
     note = f"mean score, 95 % interval; + better, - worse than {results.columns[0]} (paired test, p < 0.05)"
-    return Group(table, Text(note, style="dim"))
+    return Group(table, *(Text(line, style="dim") for line in (note, *results.notes)))
 
 
 def _text(results: Results, task: str, column: str, cell: Cell) -> str:
@@ -212,6 +213,7 @@ def _page(results: Results, title: str, nodes: Sequence[tuple[str, str, str]]) -
         f'<p class="sub">mean score [95 % interval]; + better, - worse than {base} (paired test, '
         f"p &lt; 0.05, no correction for the number of tasks)</p><div class='card'>{chart}</div>"
         f"<table><tr>{head}</tr>{''.join(body)}</table>"
+        f"{''.join(f'<p>{html.escape(note)}</p>' for note in results.notes)}"
         f"<h2>Paired tests against {base}</h2><ul>{''.join(tests)}</ul><h2>Nodes</h2>"
         f"<table><tr><th>node</th><th>folder</th><th>what it says</th></tr>{rows}</table></body></html>\n"
     )

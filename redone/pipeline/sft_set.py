@@ -12,7 +12,7 @@ from redone.config.schema import Config
 from redone.data.allot import allot
 from redone.data.overlap import Decontaminator, NearDuplicates
 from redone.data.prompts import parse_messages, read_rows
-from redone.data.sft import conversation
+from redone.data.sft import as_turn, conversation
 from redone.errors import DataError
 from redone.pipeline.rows import Known, known_rows, rank
 
@@ -128,7 +128,7 @@ def as_conversation(known: Known, cfg: Config) -> dict[str, Any] | None:
     return {
         "task": known.row.task,
         "domain": known.row.domain,
-        "messages": [{"role": m.role, "content": m.content} for m in turns],
+        "messages": [as_turn(m) for m in turns],
         "prompt_id": known.id,
         "drawn_from": known.values.get("drawn_from", place),
     }

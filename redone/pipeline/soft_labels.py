@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from redone.config.pipeline import LlmJudge, SoftLabelNode
+from redone.data.sft import as_context, as_turn
 from redone.errors import RedoneError
 from redone.pipeline.answers import NO_LOGPROBS, Answers, Sample
 from redone.pipeline.rows import write_rows
@@ -108,7 +109,7 @@ def write_labels(
         score = row[chosen]
         assert score is not None
         best.append(score)
-        turns = [{"role": m.role, "content": m.content} for m in prompt.messages]
+        turns = [as_turn(m) for m in as_context(prompt.messages)]
         rows.append(
             {
                 "task": a.task,

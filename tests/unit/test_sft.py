@@ -22,12 +22,20 @@ from redone.config.pipeline import SftConfig
 from redone.config.schema import AlgorithmConfig, Config, ModelSection, OptimConfig
 from redone.data.chat import Chat, load_chat
 from redone.data.ledger import Ledger, audit
-from redone.data.sft import Example, batches, load_examples, sft_batch, share_prefixes
+from redone.data.sft import (
+    Example,
+    as_turn,
+    batches,
+    conversation,
+    load_examples,
+    sft_batch,
+    share_prefixes,
+)
 from redone.data.tiny import make_tiny_tokenizer
 from redone.errors import ConfigError, DataError, RunFolderError
 from redone.pipeline.folder import RunFolder
 from redone.pipeline.sft import SftRun, plan_steps
-from redone.types import Batch, FloatArray, UpdateReport
+from redone.types import Batch, FloatArray, Message, UpdateReport
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +85,25 @@ def test_only_answers_are_trained_on(tmp_path: Path, chat: Chat) -> None:
     trained = two.response_ids[two.loss_mask].tolist()
     assert chat.decode(trained) == "yook" and not two.loss_mask.all()
     assert sft_batch([one, two]).num_loss_tokens == 9  # three answers of two letters and the end of turn
+
+
+def test_example_turns_of_a_prompt_are_context(tmp_path: Path, chat: Chat) -> None:
+    """Of a prompt with example turns and its response, and of turns with "weight": 0."""
+    prompt = [turn("user", "hi"), turn("assistant", "yo"), turn("user", "more")]
+    weighted = [prompt[0], prompt[1] | {"weight": 0}, prompt[2], turn("assistant", "ok")]
+    rows = [{"prompt": prompt, "response": "ok"}, {"messages": weighted}]
+    given = chat.prompt_ids([Message(role=t["role"], content=t["content"]) for t in prompt]).tolist()
+    one, two = load_examples(write(tmp_path / "a.jsonl", rows), config(tmp_path), chat).examples
+    assert one.id != two.id  # copies of one conversation
+    for example in (one, two):
+        assert example.prompt_ids.tolist() == given
+        assert chat.decode(example.response_ids.tolist()) == "ok" and example.loss_mask.all()
+    turns = conversation(rows[0], config(tmp_path), "here")
+    assert [as_turn(m) for m in turns] == weighted  # as the pipeline's nodes write it
+
+
+def turn(role: str, content: str) -> dict[str, Any]:
+    return {"role": role, "content": content}
 
 
 def beginning(prompts: list[list[int]]) -> int:
@@ -130,6 +157,18 @@ def _user(text: str) -> Any:
         ({"messages": [{"role": "user", "content": "hi"}]}, "must be a list that ends with the assistant"),
         ({"messages": [{"role": "user", "content": "a"}] * 2}, "must end with the assistant"),
         ({"prompt": "h" * 300, "response": "x"}, r"sft\.max_length=256.*sft\.too_long=drop"),
+        ({"messages": [turn("user", "a"), turn("assistant", "b") | {"weight": 0}]}, "what is trained on"),
+        (
+            {
+                "messages": [
+                    turn("user", "a"),
+                    turn("assistant", "b") | {"weight": 0.5},
+                    turn("user", "a"),
+                    turn("assistant", "b"),
+                ]
+            },
+            r"messages\[1\] has weight=0\.5; 0 \(context only\) or 1",
+        ),
     ],
 )
 def test_rows_that_cannot_be_used(tmp_path: Path, chat: Chat, row: dict[str, Any], message: str) -> None:

@@ -281,7 +281,7 @@ class MegatronTrainer:
             if self.residence.held != "none":
                 optim.settle(self.models)
             self.residence.become(what)
-        elif what == "none":
+        elif what == "none" and not on_cpu():  # there the next update would fault the pages in again
             torch.cuda.empty_cache()
 
     @on_device

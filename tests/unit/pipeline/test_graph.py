@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from redone_launcher.pipeline import same_models
 
 from redone.config.check import check_config
 from redone.config.load import config_from_dict, load_config
@@ -114,10 +115,18 @@ def test_the_same_model_is_not_asked_the_same_items_twice(place: Place) -> None:
     current = json.loads((root / "current.json").read_text())
     one, other = (json.loads((root / current[n] / "node.json").read_text()) for n in ("measure", "final"))
     assert other["outputs"] == one["outputs"] and (other["name"], other["seconds"]) == ("final", 0)
-    assert place.run(place.config(nodes=nodes)) == []
-    assert place.run(place.config(nodes=nodes), only="final") == ["final"]
+    cfg = place.config(nodes=nodes)
+    assert place.run(cfg) == []
+    graph = Graph.create(cfg)
+    columns = {"explore": "measure", "refine": "final"}
+    assert all(graph.look(node) for node in columns.values())
+    (note,) = same_models(graph, columns)
+    assert note.startswith("refine is the model of explore")
+    assert place.run(cfg, only="final") == ["final"]
     nodes["final.model"] = "target"
     assert place.run(place.config(nodes=nodes)) == ["final"]
+    graph = Graph.create(place.config(nodes=nodes))
+    assert all(graph.look(node) for node in columns.values()) and same_models(graph, columns) == ()
 
 
 def test_every_node_runs_once_and_then_never_again(place: Place) -> None:

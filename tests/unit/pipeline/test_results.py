@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -76,8 +77,11 @@ def test_the_ablation_is_a_row_per_run() -> None:
 
 
 def test_results_are_written(tmp_path: Path) -> None:
-    page = write_results(tmp_path, collect_results(COLUMNS), "<title>")
+    results = replace(collect_results(COLUMNS), notes=("<said>",))
+    assert "<said>" in shown(results_table(results, "t"))
+    page = write_results(tmp_path, results, "<title>")
     text = page.read_text()
+    assert "<p>&lt;said&gt;</p>" in text
     assert "&lt;title&gt;" in text and "<svg" in text and "Paired tests against base" in text
     assert json.loads((tmp_path / "results.json").read_text())["domains"]["maths"] == "general"
 
@@ -143,6 +147,21 @@ class Letters(Engines):
 
     async def generate(self, prompt_ids: Any, sampling: Any, seeds: Any) -> Any:
         return await super().generate([65 + sum(prompt_ids) % 26], sampling, seeds)
+
+
+def test_a_task_keeps_its_longest_response(tmp_path: Path, chat: Chat) -> None:
+    lengths = []
+
+    class Watched(Letters):
+        async def generate(self, prompt_ids: Any, sampling: Any, seeds: Any) -> Any:
+            lengths.append(sampling.max_tokens)
+            return await super().generate(prompt_ids, sampling, seeds)
+
+    rows = [{"prompt": "a", "task": "short"}, {"prompt": "b", "data_source": "short"}, {"prompt": "c"}]
+    source = write_jsonl(tmp_path / "in.jsonl", rows)
+    cfg = config(data={"max_response_length": 9, "task_max_response_length": {"short": 3}})
+    generate(source, tmp_path / "o.jsonl", cfg, chat, Watched())
+    assert lengths == [3, 3, 9]
 
 
 def test_rows_that_cannot_be_answered(tmp_path: Path, chat: Chat) -> None:
