@@ -146,22 +146,11 @@ def install() -> None:
         return
     if torch.cuda.is_available():
         raise RuntimeError("cluster.device=cpu on a host with CUDA: set CUDA_VISIBLE_DEVICES= (empty) for it")
-    _keep_heap()
     _replace_torch_cuda()
     _replace_megatron_rng_and_splits()
     _keep_mode_in_backward()
     _installed = True
     ensure()
-
-
-def _keep_heap() -> None:
-    """Have glibc serve activations from one heap that it keeps: fresh pages, cleared by the kernel at every
-    allocation, were a sixth of an update (mallopt(3))."""
-    m_trim_threshold, m_mmap_max, m_arena_max = -1, -4, -8
-    with contextlib.suppress(AttributeError, OSError):  # another C library
-        mallopt = ctypes.CDLL(None).mallopt
-        for parameter, value in ((m_arena_max, 1), (m_mmap_max, 0), (m_trim_threshold, -1)):
-            mallopt(parameter, value)
 
 
 def _trim_heap() -> None:
