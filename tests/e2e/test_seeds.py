@@ -15,8 +15,11 @@ CASES = {
 }
 
 
+EXTRA = ("async", "pp2")  # make test-full has no time for them
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [pytest.param(c, marks=[pytest.mark.extra] * (c in EXTRA)) for c in CASES])
 def test_tiny_run_learns(workplace: Workplace, case: str) -> None:
     done = workplace.redone(
         *workplace.run_args(f"seeds-{case}", "evaluate.every=0", "checkpoint.every=0", *CASES[case]),

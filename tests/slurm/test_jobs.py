@@ -15,7 +15,7 @@ from redone_launcher.ray_node import ray_folder
 
 from .conftest import Jobs
 
-pytestmark = [pytest.mark.slow, pytest.mark.unproven]  # not seen to pass after the last merge
+pytestmark = pytest.mark.slow
 
 STEPS = 8  # of the two jobs that are compared
 ON_ONE_HOST = 'REDONE_SBATCH_ARGS="--nodelist=node1"\n'
