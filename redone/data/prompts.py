@@ -144,7 +144,7 @@ def parse_messages(value: Any, key: str, place: str) -> tuple[Message, ...]:
                 f"{place}: {key}[{number}] must have a role of {', '.join(ROLES)} and a text content, "
                 f"got {turn!r:.80}"
             )
-        weight = turn.get("weight", 1)
+        weight = 1 if turn.get("weight") is None else turn["weight"]  # parquet fills in what a turn lacks
         if weight not in (0, 1):
             raise DataError(f"{place}: {key}[{number}] has weight={weight!r}; 0 (context only) or 1 is known")
         messages.append(Message(role=role, content=content, trained=weight == 1))

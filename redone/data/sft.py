@@ -90,7 +90,7 @@ def conversation(values: Mapping[str, Any], cfg: Config, place: str) -> tuple[Me
         if not isinstance(last, Mapping) or last.get("role") != "assistant":
             raise DataError(f"{place}: messages must end with the assistant, not {last!r:.80}")
         response = last.get("content")
-        if last.get("weight", 1) != 1:
+        if last.get("weight") not in (None, 1):
             raise DataError(
                 f"{place}: the last message has weight={last['weight']!r}; it is what is trained on"
             )

@@ -91,11 +91,12 @@ def test_example_turns_of_a_prompt_are_context(tmp_path: Path, chat: Chat) -> No
     """Of a prompt with example turns and its response, and of turns with "weight": 0."""
     prompt = [turn("user", "hi"), turn("assistant", "yo"), turn("user", "more")]
     weighted = [prompt[0], prompt[1] | {"weight": 0}, prompt[2], turn("assistant", "ok")]
-    rows = [{"prompt": prompt, "response": "ok"}, {"messages": weighted}]
+    filled = [{"weight": None} | t for t in weighted]  # parquet's turns have all keys
+    rows = [{"prompt": prompt, "response": "ok"}, {"messages": weighted}, {"messages": filled}]
     given = chat.prompt_ids([Message(role=t["role"], content=t["content"]) for t in prompt]).tolist()
-    one, two = load_examples(write(tmp_path / "a.jsonl", rows), config(tmp_path), chat).examples
-    assert one.id != two.id  # copies of one conversation
-    for example in (one, two):
+    examples = load_examples(write(tmp_path / "a.jsonl", rows), config(tmp_path), chat).examples
+    assert len({e.id for e in examples}) == 3  # copies of one conversation
+    for example in examples:
         assert example.prompt_ids.tolist() == given
         assert chat.decode(example.response_ids.tolist()) == "ok" and example.loss_mask.all()
     turns = conversation(rows[0], config(tmp_path), "here")
