@@ -13,7 +13,7 @@ import pytest
 from redone.bench.result import read_result
 from tests.e2e.conftest import REPO, Workplace
 
-pytestmark = [pytest.mark.slow, pytest.mark.unproven]
+pytestmark = pytest.mark.slow
 
 
 def test_every_part_is_measured(workplace: Workplace, tmp_path: Path) -> None:
@@ -37,6 +37,7 @@ def test_every_part_is_measured(workplace: Workplace, tmp_path: Path) -> None:
     assert same.returncode == 0 and "REGRESSION" not in same.stdout
 
 
+@pytest.mark.extra  # four minutes
 def test_a_sweep_over_simulated_nodes_ends_in_a_report(workplace: Workplace) -> None:
     out = workplace.root / "scale"
     args = (
@@ -72,9 +73,11 @@ def test_a_sweep_over_simulated_nodes_ends_in_a_report(workplace: Workplace) -> 
     assert json.loads((out / "scaling.json").read_text())["states"] == {"done": 3}
 
 
+@pytest.mark.extra
 def test_a_traced_step_leaves_a_trace(workplace: Workplace) -> None:
     args = workplace.run_args(
-        "traced", "algorithm.total_steps=2", "evaluate.before_train=false", "evaluate.every=0", "data.val=[]",
+        "traced", "algorithm.total_steps=2", "evaluate.before_train=false", "evaluate.every=0",
+        "evaluate.keep_best=false", "data.val=[]",
         "record.profile.tool=torch", "record.profile.steps=[2]", "record.profile.ranks=[1]",
         "checkpoint.at_end=false", "checkpoint.export_hf=false",
     )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -135,12 +136,20 @@ class PrivateSlurm:
         """As if the power went: slurmd of `name` and every process of its jobs, at once."""
         daemon = psutil.Process(int((self.root / f"run/slurmd-{name}.pid").read_text()))
         daemon.kill()
+        # First what would still report: slurmstepd, known by the tasks that it started.
+        tasks, reporters = [], []
         for process in psutil.process_iter():
             try:
                 if process.environ().get("SLURMD_NODENAME") == name and self._is_ours(process):
-                    process.kill()
+                    tasks.append(process)
+                    parent = process.parent()
+                    if parent is not None and parent.name().startswith("slurmstepd"):
+                        reporters.append(parent)
             except (psutil.NoSuchProcess, psutil.AccessDenied):
                 continue
+        for process in [*reporters, *tasks]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
 
     def _is_ours(self, process: psutil.Process) -> bool:
         return process.environ().get("SLURM_CONF") == self.env["SLURM_CONF"]

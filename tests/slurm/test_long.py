@@ -10,9 +10,10 @@ from redone_launcher.jobs import status
 
 from .conftest import Jobs
 
-pytestmark = [pytest.mark.slow, pytest.mark.unproven]
+pytestmark = [pytest.mark.slow, pytest.mark.extra]
 
 
+@pytest.mark.unproven
 def test_the_time_limit_itself(jobs: Jobs) -> None:
     """SLURM sends the warning; attempts follow each other until the run is done."""
     limit = "REDONE_TIME=00:03:00\nREDONE_SIGNAL_LEAD_S=60\n"
