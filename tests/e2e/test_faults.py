@@ -67,7 +67,7 @@ def test_killed_trainer_ends_the_run(workplace: Workplace) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["kill", pytest.param("stop", marks=pytest.mark.unproven)])
+@pytest.mark.parametrize("how", ["kill", pytest.param("stop", marks=pytest.mark.extra)])
 def test_lost_engine_is_replaced_and_the_run_goes_on(workplace: Workplace, how: str) -> None:
     """kill -9, or SIGSTOP that only the missing sign of life tells. Nothing is trained twice."""
     name = f"engine-{how}"
@@ -91,7 +91,7 @@ def test_lost_engine_is_replaced_and_the_run_goes_on(workplace: Workplace, how: 
     assert_clean(workplace, name)
 
 
-@pytest.mark.unproven
+@pytest.mark.extra
 @pytest.mark.slow
 def test_stopped_trainer_is_named_and_ends_the_run(workplace: Workplace) -> None:
     process = workplace.start(*workplace.run_args("stopped", *LONG_RUN, "cluster.health_timeout_s=10"))
@@ -104,7 +104,7 @@ def test_stopped_trainer_is_named_and_ends_the_run(workplace: Workplace) -> None
     assert_clean(workplace, "stopped")
 
 
-@pytest.mark.unproven
+@pytest.mark.extra
 @pytest.mark.slow
 def test_a_saved_batch_is_run_again(workplace: Workplace) -> None:
     args = workplace.run_args(
