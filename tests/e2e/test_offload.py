@@ -6,7 +6,7 @@ import pytest
 
 from .conftest import Workplace
 
-pytestmark = [pytest.mark.slow, pytest.mark.unproven]
+pytestmark = [pytest.mark.slow, pytest.mark.extra]
 
 WALL = ("time", "timing_s/", "perf/", "memory/", "reward_latency/", "sync/publish_s")
 
