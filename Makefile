@@ -34,7 +34,7 @@ help:
 	@echo "make quickstart-fast  the same graph on a tiny random model (toy tasks)"
 	@echo "make quickstart-sentiment  one RL run instead: the sentiment of real tweets (CPU)"
 	@echo "make test        install, lint, and the test suite          make test-full   the long must-shows (after make test)"
-	@echo "make test-extra  what make test-full has no time for: further layouts, killed pipeline (about 30 minutes)"
+	@echo "make test-extra  what make test-full has no time for: further layouts, killed pipeline"
 	@echo "make test-megatron-next  the trainer's tests on the sources of megatron-core $(NEXT_MEGATRON)"
 	@echo "make gpu-check   kernels on a CUDA device (system python)   make lint        ruff and mypy"
 	@echo "make test-sglang the SGLang adapter against the real SGLang on the CPU, in an environment of its own"

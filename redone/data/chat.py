@@ -81,9 +81,7 @@ class Chat:
         ids: list[int] = []
         mask: list[bool] = []
         at = 0
-        answers = [m for m in messages if m.role == "assistant"]
-        spans = zip(self._answer_spans(messages, text), answers, strict=True)
-        for start, end in (*(span for span, m in spans if m.trained), (len(text), len(text))):
+        for start, end in (*self._trained_spans(messages, text), (len(text), len(text))):
             for piece, trained in ((text[at:start], False), (text[start:end], True)):
                 tokens = self.tokenizer(piece, add_special_tokens=False)["input_ids"] if piece else []
                 ids += tokens
@@ -107,8 +105,8 @@ class Chat:
             return messages
         return (Message(role="system", content=self.system_prompt), *messages)
 
-    def _answer_spans(self, messages: Sequence[Message], text: str) -> list[tuple[int, int]]:
-        """[start, end) characters of `text` that the model must produce, one span per assistant turn."""
+    def _trained_spans(self, messages: Sequence[Message], text: str) -> list[tuple[int, int]]:
+        """[start, end) characters of `text` that the model must produce: a span per trained answer."""
         marks = [SENTINEL.format(i) for i in range(len(messages))]
         skeleton = self.render(
             [
@@ -120,10 +118,10 @@ class Chat:
         spans = []
         at = 0  # in text
         last = 0  # in skeleton
-        answers = [
-            (mark, m.content) for mark, m in zip(marks, messages, strict=True) if m.role == "assistant"
-        ]
-        for mark, content in answers:
+        for mark, message in zip(marks, messages, strict=True):
+            if message.role != "assistant":
+                continue
+            content = message.content
             cut = skeleton.find(mark, last)
             before = skeleton[last:cut]
             after = skeleton[cut + len(mark) :]
@@ -139,7 +137,9 @@ class Chat:
                 raise DataError(f"the chat template alters an assistant turn: {content[:60]!r}")
             start = at + self._response_start(before)
             at += len(before) + len(found)
-            spans.append((start, at + len(end_of_turn(self.tokenizer, after.split("redoneSentinel")[0]))))
+            if message.trained:
+                after = after.split("redoneSentinel")[0]
+                spans.append((start, at + len(end_of_turn(self.tokenizer, after))))
             last = cut + len(mark)
         return spans
 

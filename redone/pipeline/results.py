@@ -112,7 +112,8 @@ def results_table(results: Results, title: str) -> RenderableType:
         table.add_column(column, justify="right")
     for task, cells in results.tasks.items():
         first = cells[results.columns[0]]
-        table.add_row(task, str(first.n), *(_text(results, task, c, cells[c]) for c in results.columns))
+        shown = [_lines(cells[c], _mark(results, task, c)) for c in results.columns]
+        table.add_row(task, str(first.n), *shown)
     for group, cells in results.macros.items():
         label = f"mean ({group})"
         shown = [_lines(cells[c]) for c in results.columns]
@@ -121,12 +122,12 @@ def results_table(results: Results, title: str) -> RenderableType:
     return Group(table, *(Text(line, style="dim") for line in (note, *results.notes)))
 
 
-def _text(results: Results, task: str, column: str, cell: Cell) -> str:
-    test = results.tests[task].get(column)
-    mark = ""
-    if test is not None and test.p_value < 0.05 and test.difference != 0:
-        mark = " +" if test.difference > 0 else " -"
-    return _lines(cell, mark)
+def _mark(results: Results, name: str, column: str) -> str:
+    """Of a task; means are not tested."""
+    test = results.tests.get(name, {}).get(column)
+    if test is None or test.p_value >= 0.05 or test.difference == 0:
+        return ""
+    return " +" if test.difference > 0 else " -"
 
 
 def _lines(cell: Cell, mark: str = "") -> str:
@@ -188,10 +189,9 @@ def _page(results: Results, title: str, nodes: Sequence[tuple[str, str, str]]) -
     body = []
     for name, row in zip(names, cells, strict=True):
         shown = [
-            _text(results, name, c, row[c]) if name in results.tasks else
-            f"{row[c].score:.3f} [{row[c].low:.3f}, {row[c].high:.3f}]"
+            f"{row[c].score:.3f}{_mark(results, name, c)} [{row[c].low:.3f}, {row[c].high:.3f}]"
             for c in results.columns
-        ]  # fmt: skip
+        ]
         texts = (name, str(row[results.columns[0]].n), *shown)
         body.append("<tr>" + "".join(f"<td>{html.escape(t)}</td>" for t in texts) + "</tr>")
     tests = [

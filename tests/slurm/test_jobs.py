@@ -132,6 +132,7 @@ REDONE_NODE_CHECK='[ -n "${SLURM_RESTART_COUNT:-}" ] || [ "$SLURM_NODEID" = 0 ] 
 """
 
 
+@pytest.mark.extra  # four minutes: SLURM waits before it calls a node lost
 def test_two_nodes_survive_an_odd_node_and_a_lost_one(jobs: Jobs) -> None:
     """Preflight excludes a node; then one of the others dies in mid-run; the run still ends, on two nodes."""
     jobs.submit("two", 2, "algorithm.total_steps=20", "checkpoint.every=2", site=ODD_NODE)

@@ -82,6 +82,8 @@ def test_results_are_written(tmp_path: Path) -> None:
     page = write_results(tmp_path, results, "<title>")
     text = page.read_text()
     assert "<p>&lt;said&gt;</p>" in text
+    cells = results.tasks["a"]["explore"]
+    assert f"<td>{cells.score:.3f} + [{cells.low:.3f}, {cells.high:.3f}]</td>" in text
     assert "&lt;title&gt;" in text and "<svg" in text and "Paired tests against base" in text
     assert json.loads((tmp_path / "results.json").read_text())["domains"]["maths"] == "general"
 

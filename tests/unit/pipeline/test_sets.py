@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from redone.pipeline.hard_set import choose_hard, write_hard_set
 from redone.pipeline.rows import known_rows
 from redone.pipeline.sft_set import SftSet, build_sft_set
 from redone.pipeline.soft_labels import choose, judge_scores, verifier_scores, write_labels
+from redone.types import Message
 
 from ..reward.judging import endpoint
 from .making import answers, config, prompt, sample, write_jsonl
@@ -99,6 +101,18 @@ def test_a_template_shared_by_all_evaluation_items_is_no_overlap(tmp_path: Path)
     rows = [row(i, prompt=f"{template} {' '.join(text(i).split()[:5])}") for i in range(10)]
     found = build(tmp_path, rows, held_out=held_out, near_duplicate=None)
     assert len(found.rows) == 10
+
+
+def test_example_turns_are_context_in_what_the_nodes_write(tmp_path: Path) -> None:
+    shown = [("user", "2 + 3"), ("assistant", "5"), ("user", text(1))]
+    turns = [{"role": role, "content": content} for role, content in shown]
+    (made,) = build(tmp_path, [row(1, prompt=turns)]).rows
+    assert [m.get("weight") for m in made["messages"]] == [None, 0, None, None]
+    asked = replace(prompt("p0"), messages=tuple(Message(**t) for t in turns))
+    found = [answers("p0", (0.1, 1.0))]
+    write_labels([asked], found, verifier_scores(found), labels(), tmp_path / "rows.jsonl")
+    made = json.loads((tmp_path / "rows.jsonl").read_text())
+    assert [m.get("weight") for m in made["messages"]] == [None, 0, None, None]
 
 
 def test_near_duplicates_are_left_out(tmp_path: Path) -> None:
