@@ -8,7 +8,7 @@ import os
 import shlex
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -36,17 +36,25 @@ def add_scale_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=6, metavar="N", help="steps of a run (default 6)")
     parser.add_argument("--warmup", type=int, default=1, metavar="N", help="steps not counted (default 1)")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="default: runs/scale-NAME")
-    parser.add_argument("--slurm", action="store_true", help="submit one job per run; else run here")
-    parser.add_argument("--site", metavar="FILE", help="with --slurm: passed on to redone submit")
+    parser.add_argument(
+        "--slurm",
+        action="store_true",
+        help="a job array per node count, with redone submit's checks; else run here",
+    )
+    parser.add_argument(
+        "--site",
+        type=Path,
+        default=Path(os.environ.get("REDONE_SITE", "site.env")),
+        metavar="FILE",
+        help="with --slurm: as redone submit's",
+    )
     parser.add_argument(
         "--report-sbatch",
         default="",
         metavar="WORDS",
         help="sbatch options of the job that writes the report",
     )
-    parser.add_argument(
-        "--serial", action="store_true", help="with --slurm: every job waits for the one before it"
-    )
+    parser.add_argument("--serial", action="store_true", help="with --slurm: one run at a time")
     parser.add_argument(
         "--engines", choices=("fixed", "scaled"), help="engines grow with the nodes (default: on SLURM)"
     )
@@ -127,37 +135,46 @@ def _numbers(option: str, text: str) -> tuple[int, ...]:
 
 
 def _launcher(args: argparse.Namespace, folder: Path, sweep: Sweep) -> Launcher:
-    from redone.scaling.launch import LocalLauncher, SubmitLauncher
+    from redone.scaling.launch import LocalLauncher
+    from redone_launcher.scale_jobs import SlurmLauncher
 
     if sweep.simulated:
         return LocalLauncher(folder, sweep)
-    site = ["--site", args.site] if args.site else []
-    return SubmitLauncher(folder, sweep, site, shlex.split(args.report_sbatch))
+    report = shlex.split(args.report_sbatch)
+    return SlurmLauncher(folder, sweep, args.site, report=report, serial=args.serial)
 
 
 def _run(folder: Path, sweep: Sweep, todo: Sequence[Point], launcher: Launcher, *, serial: bool) -> None:
-    """Start what is neither done nor queued; the report is written after every run."""
-    from redone.scaling.launch import living
+    """Start what is neither done nor queued; here, the report is written after every run."""
     from redone.scaling.sweep import clear, read_jobs, state, write_jobs
+    from redone_launcher.scale_jobs import living
 
     jobs = read_jobs(folder)
     if not sweep.simulated:  # a job that ended without its steps is run again
         alive = living(list(jobs.values()))
         jobs = {point: job for point, job in jobs.items() if job in alive}
         write_jobs(folder, jobs)
-    started: list[str] = []
     missing = [p for p in todo if state(folder, sweep, p) in ("missing", "failed")]
-    for number, point in enumerate(missing, start=1):
-        clear(folder, [point])
-        sys.stderr.write(f"redone scale: {number} of {len(missing)}: {point.id}\n")
-        if job := launcher.launch(point, started[-1:] if serial else ()):
-            started.append(job)
-            jobs[point.id] = job
-            write_jobs(folder, jobs)
-        else:
+    groups = [[p] for p in missing] if sweep.simulated else list(_same_nodes(missing))
+    last: list[str] = []
+    for number, group in enumerate(groups, start=1):
+        clear(folder, group)
+        sys.stderr.write(f"redone scale: {number} of {len(groups)}: {' '.join(p.id for p in group)}\n")
+        queued = launcher.launch(group, last if serial else ())
+        if not queued:
             _report(folder, sweep, todo)
-    if started:
-        launcher.finish(started)
+        else:
+            last = list(queued.values())
+            jobs |= queued
+            write_jobs(folder, jobs)
+    if last:
+        launcher.finish(list(jobs.values()))
+
+
+def _same_nodes(todo: Sequence[Point]) -> Iterator[list[Point]]:
+    """Runs of one mode and node count: they differ in seed and repeat, and ask SLURM for the same."""
+    for key in dict.fromkeys((point.modes, point.nodes) for point in todo):
+        yield [point for point in todo if (point.modes, point.nodes) == key]
 
 
 def _report(folder: Path, sweep: Sweep, todo: Sequence[Point]) -> tuple[Path, Counter[str]]:
@@ -255,9 +272,7 @@ def _roofline(folder: Path, cfg: Config) -> Roofline:
 
 def _failures(folder: Path, todo: Sequence[Point]) -> list[str]:
     """What the failed runs said last."""
-    found = []
-    for point in todo:
-        mark = folder / "points" / f"{point.id}.failed"
-        if mark.exists():
-            found.append(f"{point.id} failed: {mark.read_text(encoding='utf-8').strip()}")
-    return found
+    from redone.scaling.sweep import failure
+
+    found = [(point.id, failure(folder, point)) for point in todo]
+    return [f"{name} failed: {said}" for name, said in found if said is not None]

@@ -8,6 +8,7 @@ import re
 import shlex
 import shutil
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,8 +52,55 @@ class Submitted:
     notes: tuple[str, ...]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """A run folder with its job script, not queued yet."""
+
+    cfg: Config
+    site: Site
+    folder: RunFolder
+    script: Path
+    notes: tuple[str, ...]
+
+
 def submit(request: Request) -> Submitted:
     """Raises RedoneError: one message, what to change. Nothing is written before every check passed."""
+    ready = prepare(request)
+    job = None
+    if not request.dry_run:
+        job = _sbatch(ready.script, request.dependency)
+        _remember(ready, job)
+    return Submitted(folder=ready.folder.path, script=ready.script, job=job, notes=ready.notes)
+
+
+def submit_array(
+    requests: Sequence[Request], script: Path, *, name: str, serial: bool, dependency: str | None = None
+) -> str:
+    """Queue the runs as one job array, written to `script`; run i is task i. `serial`: one task at a time.
+
+    The requests may differ in what a job asks of SLURM by the run's name alone. Returns the array's job id.
+    """
+    ready = [prepare(request) for request in requests]
+    own = ("--job-name=", "--output=")
+    lines = [
+        [line for line in sbatch_options(p.cfg, p.site, p.folder.path.resolve()) if not line.startswith(own)]
+        for p in ready
+    ]
+    if any(other != lines[0] for other in lines):
+        raise ConfigError(f"{name}: runs of one job array must ask for the same nodes, time and CPUs")
+    runs = [str(p.folder.path.resolve()) for p in ready]
+    last = f"0-{len(runs) - 1}" + ("%1" if serial else "")
+    output = f"--output={script.resolve().with_suffix('')}-%a.out"  # SLURM's own words
+    options = [f"--job-name={name}", f"--array={last}", output, *lines[0]]
+    script.write_text(_templates(TEMPLATES).get_template("array.sbatch").render(options=options, runs=runs))
+    job = _sbatch(script, dependency)
+    for index, one in enumerate(ready):
+        _remember(one, f"{job}_{index}")
+    return job
+
+
+def prepare(request: Request) -> Prepared:
+    """Check, plan, and write the run folder and its script. Raises RedoneError before anything is written."""
     site = read_site(request.site)
     cfg, notes = _load(request, site)
     notes += check_config(cfg, read_model_config(cfg.model.path))
@@ -74,11 +122,13 @@ def submit(request: Request) -> Submitted:
     script = place / "job.sbatch"
     script.write_text(render(cfg, site, folder.path.resolve(), Path.cwd()))
     script.chmod(0o755)
-    if request.dry_run:
-        return Submitted(folder=folder.path, script=script, job=None, notes=tuple(notes))
-    job = _sbatch(script, request.dependency)
-    write_json(folder.path / JOB_FILE, {"job": job, "nodes": cfg.cluster.nodes, "script": str(script)})
-    return Submitted(folder=folder.path, script=script, job=job, notes=tuple(notes))
+    return Prepared(cfg=cfg, site=site, folder=folder, script=script, notes=tuple(notes))
+
+
+def _remember(ready: Prepared, job: str) -> None:
+    """For `redone status`, `logs` and `cancel`."""
+    about = {"job": job, "nodes": ready.cfg.cluster.nodes, "script": str(ready.script)}
+    write_json(ready.folder.path / JOB_FILE, about)
 
 
 def _load(request: Request, site: Site) -> tuple[Config, list[str]]:
@@ -199,16 +249,8 @@ def sbatch_options(cfg: Config, site: Site, run: Path) -> list[str]:
 
 
 def render(cfg: Config, site: Site, run: Path, workdir: Path, templates: Path = TEMPLATES) -> str:
-    """The job script. Raises ConfigError when slurm/ is not beside the launcher."""
-    if not (templates / "job.sbatch").is_file():
-        raise ConfigError(
-            f"no templates in {templates}: redone submit runs from a checkout of the repository"
-        )
-    environment = Environment(
-        loader=FileSystemLoader(templates), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
-        keep_trailing_newline=True, comment_start_string="{##", comment_end_string="##}",
-    )  # fmt: skip
-    environment.filters["sh"] = shlex.quote
+    """The job script."""
+    environment = _templates(templates)
     mounts = [str(workdir), str(run.parent), cfg.model.path, site.scratch, site.shared, cfg.weights.dir]
     own = dict.fromkeys(str(Path(m).resolve()) for m in mounts if m)
     values: dict[str, Any] = {
@@ -230,6 +272,18 @@ def render(cfg: Config, site: Site, run: Path, workdir: Path, templates: Path = 
         "mounts": ",".join([*(f"{m}:{m}" for m in own), *([site.mounts] if site.mounts else [])]),
     }
     return environment.get_template("job.sbatch").render(values)
+
+
+def _templates(folder: Path) -> Environment:
+    """Raises ConfigError when slurm/ is not beside the launcher."""
+    if not (folder / "job.sbatch").is_file():
+        raise ConfigError(f"no templates in {folder}: redone submit runs from a checkout of the repository")
+    environment = Environment(
+        loader=FileSystemLoader(folder), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+        keep_trailing_newline=True, comment_start_string="{##", comment_end_string="##}",
+    )  # fmt: skip
+    environment.filters["sh"] = shlex.quote
+    return environment
 
 
 def _sbatch(script: Path, dependency: str | None) -> str:

@@ -2,7 +2,7 @@
 
 sweep.json          the experiment; a folder takes one only
 points/ID/          the run folder of every point
-points/ID.log       what its run printed; points/ID.failed: that it failed
+points/ID.log       what its run printed; points/ID.failed: that it failed; on SLURM: ID/logs
 scaling.csv scaling.json report.html     written again after every point
 """
 
@@ -163,9 +163,21 @@ def read_rows(folder: Path, point: Point) -> list[dict[str, float]]:
 def state(folder: Path, sweep: Sweep, point: Point) -> State:
     if len(read_rows(folder, point)) >= sweep.steps:
         return "done"
-    if (folder / "points" / f"{point.id}.failed").exists():
+    if failure(folder, point) is not None:
         return "failed"
     return "queued" if point.id in read_jobs(folder) else "missing"
+
+
+def failure(folder: Path, point: Point) -> str | None:
+    """How the point's run, or the last attempt of its job, failed; None when it did not."""
+    mark = folder / "points" / f"{point.id}.failed"
+    if mark.exists():
+        return mark.read_text(encoding="utf-8").strip()
+    attempts = folder / "points" / point.id / "slurm" / "attempts.jsonl"
+    if not attempts.exists():
+        return None
+    last = json.loads(attempts.read_text(encoding="utf-8").splitlines()[-1])
+    return str(last["reason"]) if last["outcome"] in ("failed", "cancelled") else None
 
 
 def clear(folder: Path, points: Sequence[Point]) -> None:

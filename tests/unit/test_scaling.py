@@ -14,12 +14,12 @@ from redone_launcher.scale import _report, _run
 from redone.bench.roofline import Roofline
 from redone.config.check import check_config
 from redone.config.load import load_config
-from redone.errors import ConfigError, RedoneError, RunFolderError
+from redone.errors import ConfigError, RunFolderError
 from redone.scaling import launch
-from redone.scaling.launch import LocalLauncher, SubmitLauncher, job_id
+from redone.scaling.launch import LocalLauncher
 from redone.scaling.measured import cells, read_run
 from redone.scaling.predict import cpu_row, predict_cell
-from redone.scaling.sweep import Point, Sweep, open_folder, points, read_jobs, read_sweep, state
+from redone.scaling.sweep import Point, Sweep, open_folder, points, read_sweep, state
 
 CONFIG = """
 model: {path: MODEL, dtype: float32}
@@ -207,53 +207,6 @@ def test_a_sweep_goes_on_after_a_failure_and_is_taken_up_again(
     assert [state(out, one, p) for p in every] == ["done", "done", "done"]
     ran = (out / "points" / "count").read_text().split()
     assert ran == ["base-n1-s0-r0", "strong-n2-s0-r0", "weak-n2-s0-r0", "weak-n2-s0-r0"]
-
-
-def test_jobs_depend_on_each_other(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[list[str]] = []
-
-    def answer(command: list[str]) -> str:
-        asked.append(list(command))
-        return str(100 + len(asked))
-
-    alive = {"101", "102"}
-    monkeypatch.setattr(launch, "job_id", answer)
-    monkeypatch.setattr(launch, "living", lambda jobs: alive & set(jobs))
-    one = sweep(place, nodes=(1, 2), repeats=1, simulated=False, modes=("strong",))
-    out, every = place / "out", todo(place, one)
-    open_folder(out, one)
-    launcher = SubmitLauncher(out, one, ["--site", "s.env"], ["--partition=p"])
-    _run(out, one, every, launcher, serial=True)
-    assert read_jobs(out) == {"base-n1-s0-r0": "101", "strong-n2-s0-r0": "102"}
-    assert "--dependency" not in asked[0]
-    assert asked[1][asked[1].index("--dependency") + 1] == "afterany:101" and "s.env" in asked[1]
-    assert asked[1][asked[1].index("--nodes") + 1] == "2"
-    assert {"--dependency=afterany:101:102", "--partition=p"} <= set(asked[2]) and asked[2][0] == "sbatch"
-    assert [state(out, one, p) for p in every] == ["queued", "queued"]
-    _run(out, one, every, launcher, serial=True)
-    assert len(asked) == 3, "what is queued is not submitted twice"
-    alive.discard("102")
-    _run(out, one, every, launcher, serial=True)
-    assert len(asked) == 5 and read_jobs(out)["strong-n2-s0-r0"] == "104", "what died in the queue is"
-
-
-def test_a_refused_submission_is_told(place: Path) -> None:
-    for said, job in (
-        ("Submitted batch job 77", "77"),
-        ("note: waits for job 5\njob 78 submitted: redone status x", "78"),
-    ):
-        assert job_id([sys.executable, "-c", f"print({said!r})"]) == job
-    with pytest.raises(RedoneError, match="no such partition"):
-        job_id([sys.executable, "-c", "import sys; sys.exit('no such partition')"])
-    with pytest.raises(RedoneError, match="is not there"):
-        job_id([str(place / "missing")])
-    point = todo(place, sweep(place))[0]
-    command = SubmitLauncher(place, sweep(place), ["--force"]).command(point, ["5", "6"])
-    assert (
-        command[3:5] == ["submit", str(place / "c.yaml")]
-        and "afterany:5:6" in command
-        and "--force" in command
-    )
 
 
 def test_predictions_use_the_points_work(place: Path) -> None:
