@@ -119,6 +119,10 @@ class Engine(Protocol):
 
     async def wake(self, what: Awake) -> None: ...
 
+    async def ping(self) -> None:
+        """Return when the engine's loop is between two steps: one that hangs never answers. At once where the
+        engine watches over itself. EngineError when it is closed or dead."""
+
     async def close(self) -> None: ...
 
 

@@ -90,6 +90,8 @@ def scale_command(args: argparse.Namespace) -> int:
             sys.stdout.write(f"{point.id}: {' '.join(point.overrides)}\n")
         return 0
     open_folder(folder, sweep)
+    if not sweep.simulated:
+        _forget_ended(folder, unreachable_is_fine=args.report is not None)
     if args.report is None:
         _run(folder, sweep, todo, _launcher(args, folder, sweep), serial=args.serial)
     path, states = _report(folder, sweep, todo)
@@ -147,13 +149,8 @@ def _launcher(args: argparse.Namespace, folder: Path, sweep: Sweep) -> Launcher:
 def _run(folder: Path, sweep: Sweep, todo: Sequence[Point], launcher: Launcher, *, serial: bool) -> None:
     """Start what is neither done nor queued; here, the report is written after every run."""
     from redone.scaling.sweep import clear, read_jobs, state, write_jobs
-    from redone_launcher.scale_jobs import living
 
     jobs = read_jobs(folder)
-    if not sweep.simulated:  # a job that ended without its steps is run again
-        alive = living(list(jobs.values()))
-        jobs = {point: job for point, job in jobs.items() if job in alive}
-        write_jobs(folder, jobs)
     missing = [p for p in todo if state(folder, sweep, p) in ("missing", "failed")]
     groups = [[p] for p in missing] if sweep.simulated else list(_same_nodes(missing))
     last: list[str] = []
@@ -169,6 +166,22 @@ def _run(folder: Path, sweep: Sweep, todo: Sequence[Point], launcher: Launcher, 
             write_jobs(folder, jobs)
     if last:
         launcher.finish(list(jobs.values()))
+
+
+def _forget_ended(folder: Path, unreachable_is_fine: bool) -> None:
+    """Jobs that SLURM no longer has: those that ended without their steps are missing, not queued."""
+    from redone.scaling.sweep import read_jobs, write_jobs
+    from redone_launcher.scale_jobs import living
+    from redone_launcher.slurm import SlurmError
+
+    jobs = read_jobs(folder)
+    try:
+        alive = living(list(jobs.values()))
+    except SlurmError:
+        if not unreachable_is_fine:
+            raise
+        return  # a report that is read elsewhere
+    write_jobs(folder, {point: job for point, job in jobs.items() if job in alive})
 
 
 def _same_nodes(todo: Sequence[Point]) -> Iterator[list[Point]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import faulthandler
 import gc
 import logging
@@ -9,11 +10,13 @@ import os
 import socket
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 from redone.cluster.health import Pulse
 from redone.cluster.profile import RankProfiler
 from redone.config.schema import Config
+from redone.errors import EngineError
 
 NODE_GPUS = "REDONE_NODE_GPUS"  # the GPUs that SLURM gave this node's Ray, e.g. "4,5,6,7"
 
@@ -126,7 +129,17 @@ class EngineActor:
         from redone.engine import build_engine
 
         self.engine = build_engine(self.cfg, self.index)
-        return await self.engine.start()
+        about = await self.engine.start()
+        self._asking = asyncio.create_task(self._ask())
+        return about
+
+    async def _ask(self) -> None:
+        """Until the engine is closed or dead, which whoever calls it hears."""
+        with suppress(EngineError, RuntimeError):  # RuntimeError: of a loop that is being shut down
+            while True:
+                with self.pulse.asking():
+                    await self.engine.ping()
+                await asyncio.sleep(self.pulse.interval_s)
 
     async def call(self, method: str, *args: Any) -> Any:
         """One method of redone.api.Engine."""

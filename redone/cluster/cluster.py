@@ -63,7 +63,9 @@ class RayCluster:
         status("starting Ray")
         self.host = RayHost(cfg)
         try:
-            self._watch = Watch(lambda: list(self._peers), cfg.cluster.health_timeout_s, phase)
+            self._watch = Watch(
+                lambda: list(self._peers), cfg.cluster.health_timeout_s, cfg.cluster.stall_timeout_s, phase
+            )
             self._start(status)
         except BaseException:
             self.close()

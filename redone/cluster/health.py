@@ -1,7 +1,8 @@
 """Signs of life: every actor rewrites a small file, the driver notices the one that stopped doing so.
 
 A file, not a call: a rank inside a collective answers no calls, and a stopped process must be told from one
-that waits. The file also carries the last event, for the message.
+that waits. The file also carries the last event, for the message, and for how long an engine's loop has left
+a question unanswered: its processes may all run and yet compute nothing.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,10 +41,24 @@ class Pulse:
         self._path, self._interval, self._children = log_path + SUFFIX, interval(timeout_s), children
         self._beat = 0
         self._event, self._since = "started", time.time()
+        self._asked: float | None = None
         threading.Thread(target=self._run, daemon=True, name="pulse").start()
 
     def event(self, text: str) -> None:
         self._event, self._since = text, time.time()
+
+    @property
+    def interval_s(self) -> float:
+        return self._interval
+
+    @contextmanager
+    def asking(self) -> Iterator[None]:
+        """Around a question to the engine's loop: the signs of life say for how long it is open."""
+        self._asked = time.monotonic()
+        try:
+            yield
+        finally:
+            self._asked = None
 
     def _run(self) -> None:
         partial = f"{self._path}.partial"
@@ -55,6 +71,7 @@ class Pulse:
                 "pid": os.getpid(),
                 "host": socket.gethostname(),
                 "stopped": _stopped_descendants() if self._children else [],
+                "unanswered_s": 0.0 if (asked := self._asked) is None else time.monotonic() - asked,
             }
             try:
                 with open(partial, "w", encoding="utf-8") as file:
@@ -92,13 +109,18 @@ class Watch:
 
     Args:
         peers: the actors of the moment (engines are replaced).
+        timeout_s, stall_s: cluster.health_timeout_s, cluster.stall_timeout_s.
         phase: what the run is doing, for the message.
     """
 
     def __init__(
-        self, peers: Callable[[], Sequence[Peer]], timeout_s: float, phase: Callable[[], str]
+        self,
+        peers: Callable[[], Sequence[Peer]],
+        timeout_s: float,
+        stall_s: float,
+        phase: Callable[[], str],
     ) -> None:
-        self._peers, self._timeout_s, self._phase = peers, timeout_s, phase
+        self._peers, self._timeout_s, self._stall_s, self._phase = peers, timeout_s, stall_s, phase
         self._seen: dict[int, _Seen] = {}  # by id of the peer object
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True, name="watch")
@@ -123,16 +145,20 @@ class Watch:
         moved = seen is None or (state["beat"], state["pid"]) != (seen.state["beat"], seen.state["pid"])
         if seen is None or (moved and not state["stopped"]):
             self._seen[id(peer)] = _Seen(state, now)
+            if state["unanswered_s"] > self._stall_s and psutil_alive(state):
+                open_s = state["unanswered_s"]
+                what = f"has ended no step of its loop for {open_s:.0f} s (cluster.stall_timeout_s"
+                self._condemn(peer, state, f"{what}={self._stall_s:g})")
             return
         seen.state = state
         if now - seen.alive_at > self._timeout_s and psutil_alive(state):
-            self._condemn(peer, state, now - seen.alive_at)
+            what = f"shows no sign of life for {now - seen.alive_at:.0f} s (cluster.health_timeout_s"
+            self._condemn(peer, state, f"{what}={self._timeout_s:g})")
 
-    def _condemn(self, peer: Peer, state: Mapping[str, Any], silent_s: float) -> None:
+    def _condemn(self, peer: Peer, state: Mapping[str, Any], what: str) -> None:
         who = f"a process of {peer.name} (pid {state['stopped'][0]})" if state["stopped"] else peer.name
         verdict = (
-            f"{who} shows no sign of life for {silent_s:.0f} s (cluster.health_timeout_s="
-            f"{self._timeout_s:g}) in phase {self._phase()}; its last event: {state['event']}, "
+            f"{who} {what} in phase {self._phase()}; its last event: {state['event']}, "
             f"{time.time() - state['since']:.0f} s ago. It was ended"
         )
         peer.verdict.append(verdict)

@@ -27,6 +27,12 @@ class ClusterConfig(Section):
         description="A process without a sign of life for so long is ended: a trainer rank ends the run, an "
         "engine is started again.",
     )
+    stall_timeout_s: float = Field(
+        300.0,
+        ge=1,
+        description="A vLLM engine whose loop ends no step for so long, though its processes run, is started "
+        "again.",
+    )
     gpu: str | None = Field(
         None,
         description="The GPU as `redone plan` names it: the first steps are compared with the plan's band.",

@@ -62,6 +62,9 @@ class Core(Protocol):
 
     async def wake(self, tags: list[str] | None) -> None: ...
 
+    async def ping(self) -> None:
+        """See redone.api.Engine."""
+
     async def close(self) -> None: ...
 
 
@@ -227,6 +230,10 @@ class RolloutEngine:
         points, length, data = answer
         values = np.frombuffer(data, np.float32).reshape(len(points), length, -1)
         return dict(zip(points, values, strict=True))
+
+    async def ping(self) -> None:
+        """See redone.api."""
+        await self._core.ping()
 
     async def begin_update(self, plan: WeightPlan) -> None:
         """Pause (running requests are kept) and expect every bucket of `plan`. SyncError for another plan."""

@@ -296,6 +296,10 @@ class SglangCore:
             await self.manager.resume_memory_occupation(ResumeMemoryOccupationReqInput(tags=wanted))
             self._away.difference_update(wanted)
 
+    async def ping(self) -> None:
+        """SGLang's watchdog (watchdog_timeout, 300 s) ends a scheduler that hangs."""
+        _ = self.engine
+
     async def close(self) -> None:
         engine, self._engine = self._engine, None
         if engine is not None:

@@ -178,6 +178,9 @@ class VllmCore(ABC):
     @abstractmethod
     async def rpc(self, method: str, *args: Any) -> list[Any]: ...
 
+    async def ping(self) -> None:
+        await self.rpc("check_health")  # vLLM's own, on every rank
+
     async def generate(self, prompt: list[int], sampling: Sampling, seeds: Sequence[int]) -> list[Completion]:
         """One request per seed; completions without text."""
         limits = sampling.lengths or (sampling.max_tokens,) * len(seeds)
@@ -218,13 +221,9 @@ class VllmCore(ABC):
     async def score(self, sequence: list[int]) -> FloatArray:
         """[len - 1] fp32; computed from the whole sequence, whatever the prefix cache holds."""
         params = SamplingParams(
-            temperature=0.0,
-            max_tokens=1,
-            prompt_logprobs=0,
-            skip_reading_prefix_cache=True,
-            detokenize=False,
-            output_kind=RequestOutputKind.FINAL_ONLY,
-        )
+            temperature=0.0, max_tokens=1, prompt_logprobs=0, skip_reading_prefix_cache=True,
+            detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY,
+        )  # fmt: skip
         (output,) = await self._guarded(sequence, [(next(REQUEST_IDS), params)])
         assert output.prompt_logprobs is not None
         # The first position has no log-probability: its row is None.

@@ -92,6 +92,15 @@ async def die_in(engine: Any, method: str, after_s: float = 0.0) -> None:
     setattr(engine, method, dying)
 
 
+async def hang(engine: Any) -> None:
+    """From now on the engine's loop computes nothing, while its process and its threads run."""
+    import asyncio
+    import time
+
+    running = asyncio.ensure_future(engine._core.rpc(lambda worker: time.sleep(600)))
+    engine._hung = running  # kept: else it is collected
+
+
 async def norm_epsilon(engine: Any, layer: int, value: float) -> float:
     """Set the epsilon of a layer's input norm; returns the old one."""
 

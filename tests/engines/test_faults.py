@@ -86,6 +86,22 @@ def test_killed_at_every_other_point(tmp_path: Path, in_process: bool) -> None:
             generate(cluster)
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("alone")
+def test_an_engine_that_hangs_is_replaced(tmp_path: Path) -> None:
+    """Every process runs and shows it; the loop does not. A new engine gives the same tokens."""
+    model = make_tiny_model(tmp_path / "model", "qwen3")
+    with planted_cluster(model, tmp_path / "run", {"cluster": {"stall_timeout_s": 5}}) as cluster:
+        expected = tokens(generate(cluster))
+        peer = cluster.engines().peers[0]
+        old = [psutil.Process(pid) for pid in cluster._pids[peer.name]]
+        plant(peer, plants.hang)
+        assert tokens(generate(cluster)) == expected
+        assert_replaced(cluster, old, 1)
+        (verdict,) = peer.verdict
+        assert "engine 0 has ended no step of its loop for" in verdict and "stall_timeout_s=5" in verdict
+
+
 @pytest.mark.unproven
 @pytest.mark.slow
 @pytest.mark.usefixtures("alone")

@@ -27,6 +27,8 @@ import subprocess, sys, time
 from redone.cluster.health import Pulse
 pulse = Pulse(sys.argv[1], 1.2, children=True)
 pulse.event("update began")
+if sys.argv[2:]:
+    pulse.asking().__enter__()
 child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
 print(child.pid, flush=True)
 child.wait()
@@ -36,10 +38,10 @@ child.wait()
 class Actor:
     """A process with a pulse, and one child."""
 
-    def __init__(self, log: Path) -> None:
+    def __init__(self, log: Path, *words: str) -> None:
         self.peer = Peer("trainer rank 1", None, str(log))
         self.process = subprocess.Popen(
-            [sys.executable, "-c", BEATING, str(log)], stdout=subprocess.PIPE, text=True
+            [sys.executable, "-c", BEATING, str(log), *words], stdout=subprocess.PIPE, text=True
         )
         assert self.process.stdout is not None
         self.child = int(self.process.stdout.readline())
@@ -49,6 +51,11 @@ class Actor:
         while not getattr(self, what)():
             assert time.monotonic() < deadline, f"not {what}"
             time.sleep(0.05)
+
+    def end(self) -> None:
+        os.kill(self.child, signal.SIGKILL)
+        self.process.kill()
+        self.process.wait()
 
     def beating(self) -> bool:
         return Path(self.peer.log_path + SUFFIX).exists()
@@ -62,14 +69,12 @@ def actor(tmp_path: Path) -> Iterator[Actor]:
     actor = Actor(tmp_path / "trainer-1.log")
     actor.wait_for("beating")
     yield actor
-    os.kill(actor.child, signal.SIGKILL)
-    actor.process.kill()
-    actor.process.wait()
+    actor.end()
 
 
 @pytest.mark.parametrize("victim", ["itself", "its child"])
 def test_a_stopped_process_is_named_and_ended(actor: Actor, victim: str) -> None:
-    watch = Watch(lambda: [actor.peer], 1.2, lambda: "update_actor")
+    watch = Watch(lambda: [actor.peer], 1.2, 60.0, lambda: "update_actor")
     try:
         time.sleep(2.0)
         assert not actor.peer.verdict, "a healthy process must be left alone"
@@ -81,6 +86,21 @@ def test_a_stopped_process_is_named_and_ended(actor: Actor, victim: str) -> None
     assert "trainer rank 1" in verdict and "phase update_actor" in verdict and "update began" in verdict
     assert (f"pid {actor.child}" in verdict) == (victim == "its child")
     assert actor.process.wait(timeout=PATIENCE_S) == -signal.SIGKILL
+
+
+def test_a_loop_that_answers_nothing_is_named_and_ended(tmp_path: Path) -> None:
+    """All processes run; the question to the loop stays open."""
+    actor = Actor(tmp_path / "engine-0.log", "ask")
+    watch = Watch(lambda: [actor.peer], 60.0, 1.5, lambda: "gen")
+    try:
+        actor.wait_for("condemned")
+        assert actor.process.wait(timeout=PATIENCE_S) == -signal.SIGKILL
+    finally:
+        watch.close()
+        actor.end()
+    (verdict,) = actor.peer.verdict
+    assert "has ended no step of its loop for" in verdict and "(cluster.stall_timeout_s=1.5)" in verdict
+    assert "in phase gen; its last event: update began" in verdict
 
 
 def test_the_message_is_there_within_the_minute() -> None:
