@@ -39,7 +39,7 @@ from redone.pipeline.graph import Function, Graph, Made, Task
 from redone.pipeline.hard_set import write_hard_set
 from redone.pipeline.rows import write_rows
 from redone.pipeline.sft_set import build_sft_set
-from redone.pipeline.soft_labels import judge_scores, verifier_scores, write_labels
+from redone.pipeline.soft_labels import judge_scores, outside, verifier_scores, write_labels
 from redone.record.graph import GraphDisplay, NodeDisplay
 from redone.reward.pool import build_rewards
 from redone.types import Completion, Prompt, Sampling, Score
@@ -176,7 +176,7 @@ class Stages:
         assert isinstance(node, SftSetNode)
         tasks = None
         if node.bucket != EVERY_TASK:
-            tasks = json.loads(task.named[node.bucket].read_text(encoding="utf-8"))["tasks"]
+            tasks = _tasks_of(task.named[node.bucket])
         evaluation = evaluation_files(node, task.base_cfg)
         built = build_sft_set(node, tasks, task.rows, evaluation, task.cfg, task.cfg.run.seed)
         rows = task.folder / "rows.jsonl"
@@ -189,6 +189,8 @@ class Stages:
         node, cfg = task.node, task.cfg
         assert isinstance(node, SoftLabelNode)
         prompts = self._prompts(task.rows, cfg, None)
+        if node.bucket is not None:
+            prompts = outside(prompts, _tasks_of(task.named[node.bucket]))
         if node.max_items is not None:
             prompts = draw_prompts_overall(prompts, node.max_items, cfg.run.seed)
         sampling = Sampling(temperature=node.temperature, max_tokens=cfg.data.max_response_length)
@@ -271,6 +273,12 @@ def scorer(cfg: Config) -> Iterator[Scorer]:
         yield rewards
     finally:
         rewards.close()
+
+
+def _tasks_of(bucket: Path) -> list[str]:
+    """The failing tasks that a diagnose node wrote."""
+    found: list[str] = json.loads(bucket.read_text(encoding="utf-8"))["tasks"]
+    return found
 
 
 def open_run(path: Path, cfg: Config) -> tuple[RunFolder, bool]:

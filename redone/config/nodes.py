@@ -32,7 +32,10 @@ def references(node: Node) -> dict[str, tuple[str, ...]]:
     match node:
         case MixNode():
             return {"rows": tuple(f for source in node.sources for f in source.files)}
-        case RlNode() | SftNode() | EvaluateNode() | SoftLabelNode():
+        case SoftLabelNode():
+            bucket = () if node.bucket is None else (node.bucket,)
+            return {"model": (node.model,), "rows": node.data, "bucket": bucket}
+        case RlNode() | SftNode() | EvaluateNode():
             return {"model": (node.model,), "rows": node.data}
         case DiagnoseNode():
             return {"evaluation": (node.evaluation, *([node.base] if node.base else []))}

@@ -194,6 +194,10 @@ class SoftLabelNode(NodeBase):
     kind: Literal["soft_labels"] = "soft_labels"
     model: str = Field(description="Node whose model answers (the paper: the stage-1 model).")
     data: tuple[str, ...] = Field(min_length=1, description="Prompts: files or nodes.")
+    bucket: str | None = Field(
+        None,
+        description="Diagnose node: only prompts of tasks that do not fail (all prompts, if every one does).",
+    )
     max_items: int | None = Field(None, ge=1, description="Prompts, drawn by seed; default: all.")
     candidates: int = Field(8, ge=1, description="Answers per prompt (the paper: 8).")
     temperature: float = Field(1.0, gt=0, description="Their sampling temperature.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -23,6 +23,11 @@ from redone.types import Completion, Prompt
 JUDGED_AT_ONCE = 64  # prompts per call of the judge: its verdicts are kept as they come
 
 Scored = Sequence[float | None]  # of one prompt's samples; None: no verdict
+
+
+def outside(prompts: Sequence[Prompt], failing: Collection[str]) -> list[Prompt]:
+    """Prompts of the tasks that do not fail: the failure set holds the others. All of them, if all fail."""
+    return [p for p in prompts if p.task not in failing] or list(prompts)
 
 
 def verifier_scores(answers: Sequence[Answers]) -> list[list[float | None]]:

@@ -268,3 +268,11 @@ def test_the_resolved_configuration_reads_back(place: Place) -> None:
     cfg = place.config(nodes={"target.overrides": {"trainer.optim.lr": 0.5}})
     graph = Graph.create(cfg)
     assert load_config(graph.root / "config.yaml") == cfg
+
+
+def test_labels_outside_a_bucket_wait_for_the_diagnosis(tmp_path: Path) -> None:
+    place = Place(tmp_path)
+    assert "diagnose" not in ancestors(place.config().pipeline, "labels")
+    assert "diagnose" in ancestors(place.config(nodes={"labels.bucket": "diagnose"}).pipeline, "labels")
+    with pytest.raises(ConfigError, match="'explore' is no diagnose node"):
+        node_order(place.config(nodes={"labels.bucket": "explore"}).pipeline)

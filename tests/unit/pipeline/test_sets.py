@@ -16,7 +16,7 @@ from redone.errors import DataError, RedoneError
 from redone.pipeline.hard_set import choose_hard, write_hard_set
 from redone.pipeline.rows import known_rows
 from redone.pipeline.sft_set import SftSet, build_sft_set
-from redone.pipeline.soft_labels import choose, judge_scores, verifier_scores, write_labels
+from redone.pipeline.soft_labels import choose, judge_scores, outside, verifier_scores, write_labels
 from redone.types import Message
 
 from ..reward.judging import endpoint
@@ -247,3 +247,10 @@ def test_a_judge_without_verdicts_stops(tmp_path: Path) -> None:
         pytest.raises(RedoneError, match="1 of 1 answers got no verdict"),
     ):
         judge_scores([prompt("p0")], [answers("p0", (0.0,))], judge(server.url), tmp_path / "v.jsonl")
+
+
+def test_labels_are_for_the_tasks_that_do_not_fail() -> None:
+    prompts = [prompt("a", "add"), prompt("b", "reply"), prompt("c", "add")]
+    assert [p.id for p in outside(prompts, ["add"])] == ["b"]
+    assert [p.id for p in outside(prompts, [])] == ["a", "b", "c"]
+    assert [p.id for p in outside(prompts, ["add", "reply"])] == ["a", "b", "c"]
