@@ -11,6 +11,11 @@ from dataclasses import dataclass
 from redone.errors import RedoneError
 
 TIMEOUT_S = 20.0
+# man squeue, "JOB STATE CODES"; every other word (also SIGNALING, STAGE_OUT, ...) is of a job that goes on.
+ENDED = (
+    "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED",
+    "REVOKED", "TIMEOUT", "?",
+)  # fmt: skip
 _INSTALL = "run this on a login node of the cluster (or install slurm-wlm)"
 
 
@@ -40,7 +45,7 @@ class JobState:
 
     @property
     def live(self) -> bool:
-        return self.state in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED")
+        return self.state not in ENDED
 
 
 def slurm(command: Sequence[str], timeout_s: float | None = None) -> str:

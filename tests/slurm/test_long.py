@@ -17,13 +17,13 @@ pytestmark = [pytest.mark.slow, pytest.mark.extra]
 def test_the_time_limit_itself(jobs: Jobs) -> None:
     """SLURM sends the warning; attempts follow each other until the run is done."""
     limit = "REDONE_TIME=00:03:00\nREDONE_SIGNAL_LEAD_S=60\n"
-    jobs.submit("limit", 1, "algorithm.total_steps=150", site=limit)
+    jobs.submit("limit", 1, "algorithm.total_steps=100", site=limit)
     jobs.wait_for_end("limit", timeout_s=1500)
     attempts = jobs.attempts("limit")
     assert [a["outcome"] for a in attempts] == ["requeued"] * (len(attempts) - 1) + ["done"]
     assert len(attempts) >= 2 and "time limit: state saved" in attempts[0]["reason"]
     assert all(a["ended"] - a["begun"] < 180 for a in attempts)
-    assert [m["step"] for m in jobs.metrics("limit")] == list(range(151))
+    assert [m["step"] for m in jobs.metrics("limit")] == list(range(101))
 
 
 def test_the_first_node_dies(jobs: Jobs) -> None:
