@@ -28,7 +28,8 @@ from redone.cluster.health import Pulse
 pulse = Pulse(sys.argv[1], 1.2, children=True)
 pulse.event("update began")
 if sys.argv[2:]:
-    pulse.asking().__enter__()
+    question = pulse.asking()  # kept: else it is closed
+    question.__enter__()
 child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
 print(child.pid, flush=True)
 child.wait()
