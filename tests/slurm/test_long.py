@@ -4,26 +4,34 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
-from redone_launcher.jobs import status
+from redone_launcher.jobs import job_of, status
 
 from .conftest import Jobs
 
 pytestmark = [pytest.mark.slow, pytest.mark.extra]
 
 
-@pytest.mark.unproven
 def test_the_time_limit_itself(jobs: Jobs) -> None:
-    """SLURM sends the warning; attempts follow each other until the run is done."""
-    limit = "REDONE_TIME=00:03:00\nREDONE_SIGNAL_LEAD_S=60\n"
-    jobs.submit("limit", 1, "algorithm.total_steps=100", site=limit)
-    jobs.wait_for_end("limit", timeout_s=1500)
-    attempts = jobs.attempts("limit")
-    assert [a["outcome"] for a in attempts] == ["requeued"] * (len(attempts) - 1) + ["done"]
-    assert len(attempts) >= 2 and "time limit: state saved" in attempts[0]["reason"]
-    assert all(a["ended"] - a["begun"] < 180 for a in attempts)
-    assert [m["step"] for m in jobs.metrics("limit")] == list(range(101))
+    """SLURM itself sends the warning; each attempt goes on where the one before it stopped."""
+    limit = "REDONE_TIME=00:04:00\nREDONE_SIGNAL_LEAD_S=60\nREDONE_MAX_ATTEMPTS=9\n"
+    jobs.submit("limit", 1, "algorithm.total_steps=100000", site=limit)
+
+    def saved() -> list[dict[str, Any]]:
+        return [a for a in jobs.attempts("limit") if a["reason"] == "time limit: state saved"]
+
+    jobs.wait("limit", lambda: len(saved()) >= 2, timeout_s=1500)
+    reached = jobs.metrics("limit")[-1]["step"]
+    jobs.wait_for_step("limit", int(reached) + 2, attempt=len(jobs.attempts("limit")))
+    jobs.cancel(job_of(jobs.run("limit")))
+    jobs.wait_for_end("limit", state="CANCELLED")
+    *attempts, last = jobs.attempts("limit")
+    assert {a["outcome"] for a in attempts} == {"requeued"} and last["outcome"] == "cancelled"
+    assert all(a["ended"] - a["begun"] < 240 for a in attempts)
+    steps = [m["step"] for m in jobs.metrics("limit")]
+    assert steps == list(range(len(steps))), "a step is missing, or twice"
 
 
 def test_the_first_node_dies(jobs: Jobs) -> None:
