@@ -23,9 +23,9 @@ def build_batch(groups: Sequence[Group], cfg: Config) -> Batch:
     kept = [group for group in groups if not filtering.enable or group.informative(filtering.eps)]
     if not kept:
         raise RedoneError(
-            "no group of this step can train the model: each one's responses all got the same reward. Remedy: "
-            "look at the rollouts; raise rollout.n or algorithm.filter_groups.max_num_gen_batches, choose tasks "
-            "that the model sometimes solves, or stop (algorithm.total_steps) if it solves all of them"
+            "no group of this step can train the model: each one's responses all got the same reward. "
+            "Remedy: look at the rollouts; raise rollout.n or algorithm.filter_groups.max_num_gen_batches, "
+            "choose tasks that the model sometimes solves, or end here (algorithm.total_steps) if it solves all"
         )
     replay = replays_engine(cfg)
     return Batch.of([_train_group(group, cfg, replay) for group in kept])
