@@ -25,7 +25,7 @@ def build_batch(groups: Sequence[Group], cfg: Config) -> Batch:
         raise RedoneError(
             "no group of this step can train the model: each one's responses all got the same reward. "
             "Remedy: look at the rollouts; raise rollout.n or algorithm.filter_groups.max_num_gen_batches, "
-            "choose tasks that the model sometimes solves, or end here (algorithm.total_steps) if it solves all"
+            "choose tasks that it sometimes solves, or end here (algorithm.total_steps) if it solves all"
         )
     replay = replays_engine(cfg)
     return Batch.of([_train_group(group, cfg, replay) for group in kept])
