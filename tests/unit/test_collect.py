@@ -276,5 +276,5 @@ def test_build_batch_leaves_out_groups_without_spread():
     filtering = config()
     assert [g.prompt_id for g in build_batch(found.groups, filtering).groups] == ["p00", "p02"]
     single = [dataclasses.replace(found.groups[1], rollouts=found.groups[1].rollouts[:1])]
-    with pytest.raises(RedoneError, match="none of 1 groups"):
+    with pytest.raises(RedoneError, match="no group of this step can train"):
         build_batch(single, filtering)
