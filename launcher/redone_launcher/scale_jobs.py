@@ -13,9 +13,9 @@ from redone_launcher.submit import Request, submit_array
 
 
 class SlurmLauncher:
-    """`request`: what every run shares; `report`: sbatch options of the job that writes the report.
+    """`site`: as `redone submit`'s; `report`: sbatch options of the job that writes the report.
 
-    `serial`: one run at a time, also within an array.
+    `serial`: one task of an array at a time.
     """
 
     def __init__(

@@ -145,7 +145,8 @@ class Watch:
         moved = seen is None or (state["beat"], state["pid"]) != (seen.state["beat"], seen.state["pid"])
         if seen is None or (moved and not state["stopped"]):
             self._seen[id(peer)] = _Seen(state, now)
-            open_s = state.get("unanswered_s", 0.0)  # the file may still be an older version's
+            # The first state seen may be what a dead predecessor left, or an older version's.
+            open_s = state.get("unanswered_s", 0.0) if seen is not None else 0.0
             if open_s > self._stall_s and psutil_alive(state):
                 what = f"has ended no step of its loop for {open_s:.0f} s (cluster.stall_timeout_s"
                 self._condemn(peer, state, f"{what}={self._stall_s:g})")

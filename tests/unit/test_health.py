@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -102,6 +104,19 @@ def test_a_loop_that_answers_nothing_is_named_and_ended(tmp_path: Path) -> None:
     (verdict,) = actor.peer.verdict
     assert "has ended no step of its loop for" in verdict and "(cluster.stall_timeout_s=1.5)" in verdict
     assert "in phase gen; its last event: update began" in verdict
+
+
+def test_what_a_dead_predecessor_left_condemns_nobody(actor: Actor, tmp_path: Path) -> None:
+    """Its open question is in the file until the new process writes its own first sign of life."""
+    peer = Peer("engine 0", None, str(tmp_path / "engine-0.log"))
+    state = {"beat": 7, "event": "generate began", "since": 0.0, "pid": actor.process.pid, "stopped": [],
+             "host": socket.gethostname(), "unanswered_s": 500.0}  # fmt: skip
+    watch = Watch(lambda: [], 60.0, 300.0, lambda: "gen")
+    for now, beat, condemned in ((0.0, 7, False), (5.0, 7, False), (10.0, 8, True)):
+        Path(peer.log_path + SUFFIX).write_text(json.dumps(state | {"beat": beat}))
+        watch.look(peer, now)
+        assert bool(peer.verdict) == condemned, now
+    watch.close()
 
 
 def test_the_message_is_there_within_the_minute() -> None:
