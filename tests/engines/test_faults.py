@@ -87,6 +87,7 @@ def test_killed_at_every_other_point(tmp_path: Path, in_process: bool) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.extra  # a minute; tests/unit/test_health.py has the detection
 @pytest.mark.usefixtures("alone")
 def test_an_engine_that_hangs_is_replaced(tmp_path: Path) -> None:
     """Every process runs and shows it; the loop does not. A new engine gives the same tokens."""
