@@ -17,6 +17,7 @@ from redone.config.load import load_config
 from redone.data.stream import PromptStream
 from redone.pipeline.step import rl_step
 from redone.record.timing import Timings
+from redone.rollout.source import open_source
 
 REPO = Path(__file__).parents[2]
 QUIET = os.dup(1)  # Ray and vLLM write to stdout too
@@ -64,25 +65,18 @@ def main() -> None:
     try:
         stream = PromptStream(inputs.train, cfg.run.seed, cfg.data.shuffle, cfg.data.balance_key)
         say(prompt_tokens=[len(p.token_ids) for p in inputs.train], versions=versions())
-        for step in range(1, work["steps"] + 1):
-            say(ready=True)
-            if sys.stdin.readline().strip() != "step":
-                break
-            timings = Timings()
-            began = time.perf_counter()
-            done = rl_step(
-                step,
-                stream,
-                cluster.trainers(),
-                cluster.engines(),
-                inputs.rewards,
-                cfg,
-                inputs.chat.stop_token_ids,
-                timings.timing,
-            )
-            seconds = time.perf_counter() - began
-            lengths = sorted({len(t.token_ids) for g in done.batch.groups for t in g.trajectories})
-            say(seconds=seconds, phases=timings.drain(), lengths=lengths, groups=len(done.batch.groups))
+        engines, rewards = cluster.engines(), inputs.rewards
+        with open_source(stream, engines, rewards, cfg, inputs.chat.stop_token_ids, 0) as source:
+            for step in range(1, work["steps"] + 1):
+                say(ready=True)
+                if sys.stdin.readline().strip() != "step":
+                    break
+                timings = Timings()
+                began = time.perf_counter()
+                done = rl_step(step, source, cluster.trainers(), engines, cfg, timings.timing)
+                seconds = time.perf_counter() - began
+                lengths = sorted({len(t.token_ids) for g in done.batch.groups for t in g.trajectories})
+                say(seconds=seconds, phases=timings.drain(), lengths=lengths, groups=len(done.batch.groups))
     finally:
         inputs.rewards.close()
         cluster.close(graceful=True)
