@@ -10,6 +10,7 @@ from redone.config.load import load_config
 from redone.config.schema import Config
 from redone.errors import ConfigError, RunFolderError
 from redone.pipeline.folder import RunFolder
+from redone.pipeline.space import check_space
 from redone.record.table import print_result
 from redone_launcher.session import Session, log_folder
 from redone_launcher.training import Inputs, SftInputs, load_inputs, load_sft_inputs, train_rl, train_sft
@@ -38,7 +39,7 @@ def run_command(
         raise ConfigError(f"{choice[0][0]} chooses nodes of a pipeline, and {source} has no pipeline.nodes")
     if folder is not None:
         _check_resumable(cfg, folder)
-    inputs = load_sft_inputs(cfg) if cfg.kind == "sft" else load_inputs(cfg)
+    inputs = _inputs(cfg)
     resumed = folder is not None
     _train(cfg, folder or RunFolder.create(cfg), inputs, resumed)
 
@@ -57,7 +58,13 @@ def attempt_command(path: Path) -> None:
         run_pipeline(cfg, {}, path)
         return
     resumed = bool(folder.steps())
-    _train(cfg, folder, load_sft_inputs(cfg) if cfg.kind == "sft" else load_inputs(cfg), resumed)
+    _train(cfg, folder, _inputs(cfg), resumed)
+
+
+def _inputs(cfg: Config) -> Inputs | SftInputs:
+    """After all that can be checked before anything is written."""
+    check_space(cfg)
+    return load_sft_inputs(cfg) if cfg.kind == "sft" else load_inputs(cfg)
 
 
 def _train(cfg: Config, folder: RunFolder, inputs: Inputs | SftInputs, resumed: bool) -> None:

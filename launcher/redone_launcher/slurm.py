@@ -14,7 +14,8 @@ TIMEOUT_S = 20.0
 # man squeue, "JOB STATE CODES"; every other word (also SIGNALING, STAGE_OUT, ...) is of a job that goes on.
 ENDED = (
     "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED",
-    "REVOKED", "TIMEOUT", "?",
+    "REVOKED", "TIMEOUT",
+    "?",  # ours: scontrol named none
 )  # fmt: skip
 _INSTALL = "run this on a login node of the cluster (or install slurm-wlm)"
 

@@ -40,6 +40,7 @@ from redone.pipeline.hard_set import write_hard_set
 from redone.pipeline.rows import write_rows
 from redone.pipeline.sft_set import build_sft_set
 from redone.pipeline.soft_labels import judge_scores, outside, verifier_scores, write_labels
+from redone.pipeline.space import check_space
 from redone.record.graph import GraphDisplay, NodeDisplay
 from redone.reward.pool import build_rewards
 from redone.types import Completion, Prompt, Sampling, Score
@@ -252,7 +253,9 @@ class Stages:
 
     def _run_config(self, task: Task, **rows: Mapping[str, Any]) -> Config:
         sections = {"model": {"path": str(task.model)}, "run": {"dir": str(task.folder), "name": RUN}}
-        return stage_config(task.base_cfg, task.name, **sections, **rows)
+        cfg = stage_config(task.base_cfg, task.name, **sections, **rows)
+        check_space(cfg)
+        return cfg
 
     def _run_display(self, name: str) -> Callable[[int, int], NodeDisplay]:
         return lambda total, first: NodeDisplay(self.display, name, total, first)

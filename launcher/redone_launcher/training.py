@@ -23,7 +23,6 @@ from redone.evaluate.runner import Evaluation, label_sets
 from redone.pipeline.folder import DriverState, RunFolder
 from redone.pipeline.outcome import baseline_evaluations, summarise_run
 from redone.pipeline.sft import SftRun, plan_steps
-from redone.pipeline.space import check_space
 from redone.pipeline.train import RlRun
 from redone.planner.watch import PlanWatch
 from redone.record.console import Display
@@ -69,7 +68,6 @@ def load_inputs(cfg: Config) -> Inputs:
     check_loggers(cfg.record.loggers)
     model_config = read_model_config(cfg.model.path)
     notes = list(check_config(cfg, model_config))
-    check_space(cfg)
     chat = load_chat(cfg.model)
     sets = {name: load_prompts(getattr(cfg.data, name), cfg, chat) for name in ("train", "val", "test")}
     for name, found in sets.items():
@@ -95,7 +93,6 @@ def load_sft_inputs(cfg: Config) -> SftInputs:
     """Raises RedoneError on anything that would stop the run later."""
     check_loggers(cfg.record.loggers)
     notes = list(check_config(cfg, read_model_config(cfg.model.path)))
-    check_space(cfg)
     chat = load_chat(cfg.model)
     train, val = (load_examples(files, cfg, chat) for files in (cfg.sft.train, cfg.sft.val))
     if train.too_long + val.too_long:

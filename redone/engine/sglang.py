@@ -297,7 +297,7 @@ class SglangCore:
             self._away.difference_update(wanted)
 
     async def ping(self) -> None:
-        """SGLang's watchdog (watchdog_timeout, 300 s) ends a scheduler that hangs."""
+        """At once: a hanging scheduler is left to SGLang's own watchdog, which was not tried here."""
         _ = self.engine
 
     async def close(self) -> None:

@@ -13,6 +13,7 @@ from redone.data.ledger import Ledger
 from redone.data.sft import Example, batches, fingerprint, sft_batch
 from redone.errors import RedoneError, RunFolderError
 from redone.pipeline.folder import DriverState, RunFolder
+from redone.pipeline.space import free_bytes
 from redone.pipeline.train import Observer
 from redone.types import Batch, UpdateReport
 
@@ -123,7 +124,8 @@ class SftRun:
                 self.folder.save(state, self.trainer.save, checkpoint.keep, checkpoint.asynchronous)
             except (OSError, RedoneError) as error:
                 raise RedoneError(
-                    f"cannot save step {step} in {self.folder.checkpoints}: {error}. Remedy: mend that, "
+                    f"cannot save step {step} in {self.folder.checkpoints} "
+                    f"({free_bytes(self.folder.path) / 1e9:.1f} GB are free): {error}. Remedy: mend that, "
                     f"then --resume {self.folder.path}"
                 ) from None
 

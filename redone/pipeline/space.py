@@ -20,16 +20,20 @@ def check_space(cfg: Config) -> None:
 
     File systems with quotas may refuse earlier than they say.
     """
-    need = space_needed(cfg)
-    place = Path(cfg.run.dir).resolve()
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
+    need, free = space_needed(cfg), free_bytes(Path(cfg.run.dir))
     if free < need:
         raise RunFolderError(
             f"run.dir={cfg.run.dir}: the run will write at least {need / 1e9:.1f} GB (a checkpoint with its "
             f"optimizer state, the export), {free / 1e9:.1f} GB are free; free some, or use another run.dir"
         )
+
+
+def free_bytes(path: Path) -> int:
+    """Of the file system that holds `path`, or will."""
+    place = path.resolve()
+    while not place.exists():
+        place = place.parent
+    return shutil.disk_usage(place).free
 
 
 def space_needed(cfg: Config) -> int:

@@ -17,6 +17,7 @@ from redone.evaluate.runner import Evaluation, evaluate, read_evaluation, sampli
 from redone.pipeline.collapse import CollapseWatch
 from redone.pipeline.folder import DriverState, RunFolder
 from redone.pipeline.replay import save_step
+from redone.pipeline.space import free_bytes
 from redone.pipeline.step import Keep, StepResult, rl_step
 from redone.reward.pool import RewardPool
 from redone.rollout.source import Source, open_source
@@ -228,7 +229,8 @@ class RlRun:
                 self.folder.save(state, self.trainer.save, checkpoint.keep, checkpoint.asynchronous)
             except (OSError, RedoneError) as error:
                 raise RedoneError(
-                    f"cannot save step {step} in {self.folder.checkpoints}: {error}; the last good "
+                    f"cannot save step {step} in {self.folder.checkpoints} "
+                    f"({free_bytes(self.folder.path) / 1e9:.1f} GB are free): {error}; the last good "
                     f"checkpoint is step {max(self.folder.steps(), default=0)}. Remedy: mend that, then "
                     f"--resume {self.folder.path}"
                 ) from None

@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 import json
 import random
-import shutil
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -122,7 +121,7 @@ class Saver:
         dist.all_gather_object(failures, self.failure)
         self.failure = None
         if found := [f for f in failures if f is not None]:
-            raise _cannot_save(self.path, found[0])
+            raise TrainerError(f"cannot save to {self.path}: {found[0]}")
 
 
 def _metadata() -> dict[str, Any]:
@@ -165,7 +164,7 @@ def save(
             failure = [str(error)]
     dist.broadcast_object_list(failure, src=0)
     if failure[0] is not None:
-        raise _cannot_save(path, failure[0])
+        raise TrainerError(f"cannot save to {path}: {failure[0]}")
     _fill_optimizer_state(optimizer)
     try:
         dist_checkpointing.save(_state(modules, optimizer, rng=True, is_loading=False), path, strategy)
@@ -173,20 +172,10 @@ def save(
             (folder / META).write_text(json.dumps(asdict(meta)) + "\n")
     except CheckpointException as error:
         causes = sorted({f"{type(e).__name__}: {e}" for e, _ in error.failures.values()})
-        raise _cannot_save(path, "; ".join(causes)) from error
+        raise TrainerError(f"cannot save to {path}: {'; '.join(causes)}") from error
     except (OSError, RuntimeError) as error:  # torch's own file writer raises RuntimeError
-        raise _cannot_save(path, error) from error
+        raise TrainerError(f"cannot save to {path}: {error}") from error
     dist.barrier()
-
-
-def _cannot_save(path: str, said: object) -> TrainerError:
-    """With the free space beside it: torch's writer calls a full disk "unexpected pos"."""
-    place = Path(path)
-    while not place.exists():
-        place = place.parent
-    return TrainerError(
-        f"cannot save to {path}: {said} ({shutil.disk_usage(place).free / 1e9:.1f} GB are free)"
-    )
 
 
 def load(path: str, modules: Sequence[torch.nn.Module], optimizer: Any, layout: str) -> Meta:
