@@ -23,8 +23,8 @@ def check_space(cfg: Config) -> None:
     need, free = space_needed(cfg), free_bytes(Path(cfg.run.dir))
     if free < need:
         raise RunFolderError(
-            f"run.dir={cfg.run.dir}: the run will write at least {need / 1e9:.1f} GB (a checkpoint with its "
-            f"optimizer state, the export), {free / 1e9:.1f} GB are free; free some, or use another run.dir"
+            f"run.dir={cfg.run.dir}: the run will write at least {need / 1e6:,.0f} MB (a checkpoint with its "
+            f"optimizer state, the export), {free / 1e6:,.0f} MB are free; free some, or use another run.dir"
         )
 
 

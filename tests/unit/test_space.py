@@ -47,7 +47,7 @@ def test_too_little_room_is_refused(model: Path, tmp_path: Path, monkeypatch: py
     check_space(cfg)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=need - 1))
     with pytest.raises(
-        RunFolderError, match=r"run\.dir=.*not/there: .* GB are free; free some, or use another"
+        RunFolderError, match=r"run\.dir=.*not/there: .* MB are free; free some, or use another"
     ):
         check_space(cfg)
     assert not (tmp_path / "not").exists()
