@@ -139,8 +139,8 @@ $(SGLANG_VENV)/.installed: $(SGLANG_LOCK)
 	$(SGLANG_VENV)/bin/uv pip install --quiet --python $(SGLANG_PY) --no-deps -r $(SGLANG_LOCK)
 	@touch $@
 
-test-sglang: $(SGLANG_VENV)/.installed
-	PYTHONPATH=.:kernels:launcher:tests/sglang/stubs $(SGLANG_PY) -m pytest -m "sglang and not unproven" tests/sglang
+test-sglang: install $(SGLANG_VENV)/.installed
+	REDONE_DRIVER_PYTHON=$(abspath $(PY)) PYTHONPATH=.:kernels:launcher:tests/sglang/stubs $(SGLANG_PY) -m pytest -m "sglang and not unproven" tests/sglang
 
 # Needs no .venv: any python3 with torch, triton and pytest on a machine with a CUDA device. torch.compile, off in the
 # CPU tests, is one of the peers. A copy without history names its commit: make gpu-check REDONE_COMMIT=...

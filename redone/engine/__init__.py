@@ -37,6 +37,9 @@ def engine_env(cfg: Config) -> dict[str, str]:
             # The context has a few tokens more than the model's, which no request uses.
             "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1",
         }
+        ranks = cfg.rollout.tensor_model_parallel_size
+        if cpu and ranks > 1:  # else it refuses more ranks than there are NUMA nodes
+            env["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join([f"0-{(os.cpu_count() or 1) - 1}"] * ranks)
     if cpu:
         env |= {
             # vLLM compiles small helpers with a C++ compiler on first use even in eager mode (30 s).

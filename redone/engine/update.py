@@ -54,13 +54,14 @@ class UpdateState:
         self._arrived.add(bucket.index)
 
     def check_complete(self) -> None:
-        """Raises SyncError naming the first tensor of a bucket that never came."""
+        """Raises SyncError outside of an update, and naming the first tensor of a bucket that never came."""
+        plan = self.plan
         assert self._arrived is not None
-        missing = sorted(set(range(len(self.plan.buckets))) - self._arrived)
+        missing = sorted(set(range(len(plan.buckets))) - self._arrived)
         if missing:
-            first = bucket_tensors(self.plan, missing[0])[0].name
+            first = bucket_tensors(plan, missing[0])[0].name
             raise SyncError(
-                f"{self.engine}: commit without bucket(s) {missing} of {len(self.plan.buckets)}; the first "
+                f"{self.engine}: commit without bucket(s) {missing} of {len(plan.buckets)}; the first "
                 f"tensor that never came is {first!r}"
             )
 
@@ -69,8 +70,10 @@ class UpdateState:
         self._held = version
 
     def poison(self, reason: str) -> None:
-        """The weights are a mixture now; the engine must not generate."""
-        self._poison, self._arrived, self._held = reason, None, None
+        """The weights are a mixture now; the engine must not generate. What followed is not the reason."""
+        if self._poison is None or self._arrived is not None:
+            self._poison = reason
+        self._arrived = self._held = None
 
     def check_usable(self) -> None:
         """Raises EngineError on a poisoned engine."""

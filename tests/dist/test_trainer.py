@@ -9,7 +9,6 @@ from cases import (
     CUTS,
     EXPORTED,
     LAYOUTS,
-    MISSED,
     OVERLAPPED,
     REAL,
     RESHARDED,
@@ -59,7 +58,7 @@ def test_the_cut_of_the_batch_does_not_matter(group: Group, name: str) -> None:
 
 
 STEPS = [
-    pytest.param(rank, name, id=name, marks=marks(rank) + [pytest.mark.unproven] * (name in MISSED))
+    pytest.param(rank, name, id=name, marks=marks(rank))
     for name in TRAINED
     for rank in (ranks_of(name),)
 ]

@@ -62,7 +62,10 @@ class EngineProcess:
         if kind is None:
             self.stop()
         else:
-            self._process.kill()
+            self.kill()
+
+    def kill(self) -> None:
+        self._process.kill()
 
     def _read(self) -> None:
         try:

@@ -85,7 +85,11 @@ class LiveEngine:
         self.cfg, self.work = cfg, work
         self.held = HeldWeights(folder)
         self.process = EngineProcess(cfg)
-        self.info = self.process.call("start")
+        try:
+            self.info = self.process.call("start")
+        except BaseException:
+            self.process.kill()
+            raise
         self.version = 0
         metas = [
             (name, str(t.dtype).removeprefix("torch."), tuple(t.shape))

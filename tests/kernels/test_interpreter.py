@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.kernels.conftest import INTERPRETER
+
 
 def interpret(repo: Path, marker: str) -> None:
     done = subprocess.run(
@@ -17,7 +19,7 @@ def interpret(repo: Path, marker: str) -> None:
             "--durations=10", "tests/kernels",
         ],
         cwd=repo,
-        env=os.environ | {"TRITON_INTERPRET": "1"},
+        env=os.environ | INTERPRETER,
         capture_output=True,
         text=True,
     )  # fmt: skip

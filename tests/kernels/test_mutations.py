@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.kernels.conftest import INTERPRETER
+
 HEAD, ROWS, DAPO = "test_linear_logprob.py", "test_logits.py", "test_dapo_loss.py"
 NO_START = "m = tl.full((BM,), NEG_INF, tl.float32)\n    s = tl.zeros((BM,)"
 # file, what is there, what is put there, the test that must fail
@@ -72,7 +74,7 @@ def test_fault_is_found(name: str, repo: Path, tmp_path: Path) -> None:
             "-o", f"pythonpath={tmp_path} {repo}", f"tests/kernels/{test}",
         ],
         cwd=repo,
-        env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": f"{tmp_path}:{repo}"},
+        env=os.environ | INTERPRETER | {"PYTHONPATH": f"{tmp_path}:{repo}"},
         capture_output=True,
         text=True,
     )  # fmt: skip

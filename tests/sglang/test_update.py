@@ -140,6 +140,19 @@ def test_a_failed_start_quotes_the_cause_and_leaves_nothing(tmp_path: Path) -> N
         assert offspring(process.pid) == []
 
 
+def test_a_scheduler_that_stands_still_answers_no_ping(live: LiveEngine) -> None:
+    live.process.call("ping")
+    (scheduler,) = (p for p in offspring(live.process.pid) if "scheduler" in " ".join(p.cmdline()))
+    scheduler.suspend()
+    try:
+        asked = live.process.submit("ping")
+        with pytest.raises(TimeoutError):
+            asked.result(timeout=3)
+    finally:
+        scheduler.resume()
+    asked.result(timeout=60)
+
+
 def test_a_dead_scheduler_takes_the_engine_process_with_it(tmp_path: Path) -> None:
     folder = make_tiny_model(tmp_path / "model", "qwen3")
     process = EngineProcess(sglang_config(folder))
