@@ -16,8 +16,8 @@ from redone.types import Batch, TrainGroup, Trajectory
 
 CLIP_LOW, CLIP_HIGH = 0.2, 0.28
 LR, WARMUP, TOTAL, WEIGHT_DECAY, CLIP_GRAD, BETAS = 1e-3, 2, 10, 0.1, 0.5, (0.9, 0.95)
-# AdamW's epsilon. Below it a gradient's own rounding decides the step: with 1e-8 single weights of Hugging Face in fp32
-# and in fp64 differ by 4e-5 and more, depending on the CPU.
+# AdamW's epsilon. Below it a gradient's own rounding decides the step: with 1e-8 single weights of Hugging
+# Face in fp32 and in fp64 differ by 4e-5 and more, depending on the CPU.
 EPS = 1e-6
 # (prompt length, response lengths): ragged, a one-token prompt, a one-sample group, one-token responses.
 SHAPES = ((20, (5, 7, 3, 12)), (1, (4, 4)), (9, (6,)), (17, (1, 9, 9, 2)))

@@ -1,4 +1,4 @@
-"""A whole run whose engine lives under another interpreter: driver and trainer in .venv, SGLang in its own."""
+"""A whole run whose engine lives under another interpreter: driver and trainer in .venv, SGLang apart."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ DRIVER = os.environ.get("REDONE_DRIVER_PYTHON", "")
 
 
 def test_an_engine_under_an_interpreter_of_its_own(tmp_path: Path) -> None:
-    """Ray starts the engine actor with rollout.engine.python; every update passes the canary, reward rises."""
+    """Ray starts the engine with rollout.engine.python; every update passes the canary, reward rises."""
     assert DRIVER, "REDONE_DRIVER_PYTHON: the interpreter of .venv (make test-sglang sets it)"
     values = yaml.safe_load(TINY.read_text())
     values["rollout"]["engine"] = {"type": "sglang", "python": sys.executable, "max_num_seqs": 128}
