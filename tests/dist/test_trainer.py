@@ -58,9 +58,7 @@ def test_the_cut_of_the_batch_does_not_matter(group: Group, name: str) -> None:
 
 
 STEPS = [
-    pytest.param(rank, name, id=name, marks=marks(rank))
-    for name in TRAINED
-    for rank in (ranks_of(name),)
+    pytest.param(rank, name, id=name, marks=marks(rank)) for name in TRAINED for rank in (ranks_of(name),)
 ]
 
 

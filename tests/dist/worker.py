@@ -143,7 +143,7 @@ def full_gradients(trainer: Any) -> dict[str, torch.Tensor]:
             dist.all_gather_into_tensor(bucket.grad_data, mine, group=data_parallel)
     exporter = copy.copy(trainer.exporter)
     exporter.parameters = {name: p.main_grad for name, p in exporter.parameters.items()}
-    return {n: t.clone() for n, t in exporter.stream(1 << 20) if t is not None}
+    return {n: t.tensor().clone() for n, t in exporter.stream(1 << 20) if t is not None}
 
 
 def relative_errors(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> dict[str, float]:
@@ -158,7 +158,7 @@ def weights(trainer: Any) -> dict[str, torch.Tensor]:
     from redone.trainer.megatron import optim
 
     optim.settle(trainer.models)
-    return {n: t.clone() for n, t in trainer.exporter.stream(1 << 18) if t is not None}
+    return {n: t.tensor().clone() for n, t in trainer.exporter.stream(1 << 18) if t is not None}
 
 
 def parity(kind: str, layout: Layout, shift: int = 0, temperature: float = 1.0, **options: Any) -> float:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 DEVICE = os.environ.get("REDONE_KERNELS_DEVICE", "cpu")
-# The interpreter multiplies with numpy, and OpenBLAS picks its code by the CPU: its Haswell kernels give a row
+# The interpreter multiplies with numpy, and OpenBLAS picks its code by the CPU: its Haswell code gives a row
 # other bits at another place of a tile. Nehalem's do not, and run on every x86-64.
 INTERPRETER = {"TRITON_INTERPRET": "1", "OPENBLAS_CORETYPE": "Nehalem"}
 KERNELS = DEVICE == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"

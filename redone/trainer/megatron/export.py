@@ -23,7 +23,7 @@ from torch import Tensor
 from redone.errors import ModelError
 from redone.layout import ModelShape, layer_ranges
 from redone.trainer.megatron.convert import INDEX, SINGLE, local_parameters, tensor_group
-from redone.trainer.megatron.names import Rule, from_shards, hf_tensors, rules, shard_shape
+from redone.trainer.megatron.names import Joined, Rule, from_shards, hf_tensors, rules, shard_shape
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
 
@@ -64,8 +64,8 @@ class Exporter:
         self.stage_of = {i: s for s, parts in enumerate(ranges) for part in parts for i in part}
         self.expert_ranks = parallel_state.get_expert_model_parallel_world_size()
 
-    def stream(self, bucket_bytes: int, skip: Container[str] = ()) -> Iterator[tuple[str, Tensor | None]]:
-        """(Hugging Face name, full tensor on rank 0 and None elsewhere), in the order of `names.hf_tensors`.
+    def stream(self, bucket_bytes: int, skip: Container[str] = ()) -> Iterator[tuple[str, Joined | None]]:
+        """(Hugging Face name, all its shards on rank 0 and None elsewhere), in the order of `names.hf_tensors`.
 
         Tensors of `skip` (all of a rule or none of it, the same on every rank) are left out. At most about
         `bucket_bytes` are gathered at a time. Every rank must exhaust the iterator.
@@ -157,9 +157,9 @@ def write_folder(
     """
     target = Path(target)
     writer = FolderWriter(Path(source), target, max_shard_bytes) if dist.get_rank() == 0 else None
-    for name, tensor in exporter.stream(min(max_shard_bytes, 2**30)):
-        if writer is not None and tensor is not None:
-            writer.add(name, tensor)
+    for name, joined in exporter.stream(min(max_shard_bytes, 2**30)):
+        if writer is not None and joined is not None:
+            writer.add(name, joined.tensor())
     failure = [writer.finish(hf_tensors(exporter.shape)) if writer is not None else None]
     dist.broadcast_object_list(failure, src=0)
     if failure[0] is not None:

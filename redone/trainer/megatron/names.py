@@ -207,18 +207,53 @@ def to_shard(rule: Rule, shape: ModelShape, tensors: Sequence[Tensor], tp: int, 
     return full if rule.axis is None else full.chunk(tp, rule.axis)[rank]
 
 
-def from_shards(rule: Rule, shape: ModelShape, shards: Sequence[Tensor]) -> list[Tensor]:
+@dataclass(frozen=True, slots=True, eq=False)
+class Joined:
+    """One Hugging Face tensor, still in the shards of its Megatron tensor (all parts, tensor-parallel order)."""
+
+    rule: Rule
+    shape: ModelShape
+    shards: Sequence[Tensor]
+    index: int  # which of the rule's Hugging Face tensors
+
+    def tensor(self) -> Tensor:
+        """A view of the one shard where that is the tensor, else a new one."""
+        if len(self.shards) == 1 and self.rule.kind != "qkv":
+            return self._part(self.shards[0])
+        new = self.shards[0].new_empty(self.rule.hf_shapes[self.index])
+        self.write(new)
+        return new
+
+    def write(self, out: Tensor) -> None:
+        """Copy into `out`, of the tensor's shape and any dtype: every byte once, from where it lies."""
+        if self.shards[0].device != out.device:  # one transfer of a contiguous tensor
+            out.copy_(self.tensor())
+            return
+        rule = self.rule
+        if rule.kind == "qkv":
+            out = out.view(self.shape.kv_heads, -1, self.shape.hidden)
+        if rule.kind == "vocab":  # the last parts may be padding, whole or in part
+            rows = self.shards[0].shape[0]
+            parts: Sequence[Tensor] = [out[rows * i : rows * (i + 1)] for i in range(len(self.shards))]
+        else:
+            parts = (out,) if len(self.shards) == 1 else out.chunk(len(self.shards), rule.axis or 0)
+        for part, shard in zip(parts, self.shards, strict=True):
+            mine = self._part(shard)
+            part.copy_(mine[: part.shape[0]] if rule.kind == "vocab" else mine)
+
+    def _part(self, shard: Tensor) -> Tensor:
+        """This tensor's share of one shard, a view; of qkv [heads, rows of a head, hidden]."""
+        if self.rule.kind == "gate_up":
+            return shard.chunk(2, 0)[self.index]
+        if self.rule.kind == "qkv":
+            per_head = [s[0] // self.shape.kv_heads for s in self.rule.hf_shapes]
+            return shard.view(-1, sum(per_head), self.shape.hidden).split(per_head, 1)[self.index]
+        return shard[: self.shape.vocab] if self.rule.kind == "vocab" else shard
+
+
+def from_shards(rule: Rule, shape: ModelShape, shards: Sequence[Tensor]) -> list[Joined]:
     """The inverse of `to_shard`: all parts in tensor-parallel order -> the Hugging Face tensors."""
-    if rule.kind == "gate_up":
-        halves = [s.chunk(2, 0) for s in shards]
-        # a single part stays a view: publishing then copies it once
-        return [torch.cat([h[i] for h in halves]) if len(halves) > 1 else halves[0][i] for i in (0, 1)]
-    full = shards[0] if rule.axis is None or len(shards) == 1 else torch.cat(list(shards), rule.axis)
-    if rule.kind == "qkv":
-        per_head = [s[0] // shape.kv_heads for s in rule.hf_shapes]
-        grouped = full.view(shape.kv_heads, -1, shape.hidden)
-        return [part.reshape(-1, shape.hidden) for part in grouped.split(per_head, 1)]
-    return [full[: shape.vocab]] if rule.kind == "vocab" else [full]
+    return [Joined(rule, shape, shards, i) for i in range(len(rule.hf))]
 
 
 def hf_tensors(shape: ModelShape) -> list[tuple[str, tuple[int, ...]]]:

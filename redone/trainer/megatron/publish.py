@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from redone.trainer.megatron.export import Exporter
+from redone.trainer.megatron.names import Joined
 from redone.types import TensorMeta, WeightBucket, WeightPlan
 from redone.weights.collective import CollectiveWriter, bucket_span
 from redone.weights.digest import Writer, digest
+from redone.weights.plan import torch_dtype
 from redone.weights.quantize import quantized_tensors
 from redone.weights.units import unit_of
+
+WRITERS = 2  # threads that copy and hash, so that neither waits for the other
 
 
 class Publisher:
@@ -40,7 +44,7 @@ class Publisher:
         self._shards: dict[str, int] = {}  # of this rank's parameters, by Megatron name
         self._last: tuple[str, int] | None = None  # location and version of the last complete publication
         self._writer: tuple[str, Writer | None] | None = None
-        self._hasher = ThreadPoolExecutor(1, thread_name_prefix="digest")  # hashing lets the copying go on
+        self._threads = ThreadPoolExecutor(WRITERS, thread_name_prefix="publish")
 
     def publish(self, location: str, version: int, bucket_bytes: int) -> Iterator[WeightBucket]:
         """Collective generator: every rank must exhaust it, rank 0 gets the buckets as they are written.
@@ -59,7 +63,9 @@ class Publisher:
         gathered = self.exporter.received_bytes
         skipped = [meta.name for meta in self.plan.tensors if unit_of(meta.name) in skip]
         stream = self.exporter.stream(bucket_bytes, frozenset(skipped))
-        done = quantized_tensors(stream) if self.quantize else stream
+        done: Iterator[tuple[str, Joined | Tensor | None]] = stream
+        if self.quantize:
+            done = quantized_tensors((name, joined and joined.tensor()) for name, joined in stream)
         for name in (meta.name for meta in self.plan.tensors):
             if name not in skipped:
                 found, tensor = next(done)
@@ -69,6 +75,9 @@ class Publisher:
                     written += places[name].nbytes
             if name in last_of:
                 index = last_of[name]
+                first, last = self.plan.buckets[index]
+                if dist.get_rank() == 0:
+                    wait([self._digests[meta.name] for meta in self.plan.tensors[first:last]])
                 if self.writer is not None:
                     self.writer.announce(*bucket_span(self.plan, index))
                 if dist.get_rank() != 0:
@@ -137,16 +146,20 @@ class Publisher:
         dist.all_gather_object(everyone, changed)
         return frozenset({unit_of(meta.name) for meta in self.plan.tensors} - set().union(*everyone))
 
-    def _write(self, meta: TensorMeta, tensor: Tensor) -> Future[int]:
-        """Copy into the channel; the digest of what is there now, computed while the next one is copied."""
+    def _write(self, meta: TensorMeta, tensor: Joined | Tensor) -> Future[int]:
+        """Copy into the channel, in a thread; the digest of what is there then, while caches hold it."""
         assert self.writer is not None
         view = self.writer.view(meta.offset, meta.nbytes)
-        source = tensor.detach()
-        view.view(source.dtype).view(source.shape).copy_(source)
-        return self._hasher.submit(digest, view)
+
+        def write() -> int:
+            out = view.view(torch_dtype(meta.dtype)).view(meta.shape)
+            out.copy_(tensor) if isinstance(tensor, Tensor) else tensor.write(out)
+            return digest(view)
+
+        return self._threads.submit(write)
 
     def close(self) -> None:
-        self._hasher.shutdown()
+        self._threads.shutdown()
         self._close_writer()
 
     def _close_writer(self) -> None:
