@@ -65,7 +65,7 @@ class Exporter:
         self.expert_ranks = parallel_state.get_expert_model_parallel_world_size()
 
     def stream(self, bucket_bytes: int, skip: Container[str] = ()) -> Iterator[tuple[str, Joined | None]]:
-        """(Hugging Face name, all its shards on rank 0 and None elsewhere), in the order of `names.hf_tensors`.
+        """(Hugging Face name, its shards on rank 0 and None elsewhere), in the order of `names.hf_tensors`.
 
         Tensors of `skip` (all of a rule or none of it, the same on every rank) are left out. At most about
         `bucket_bytes` are gathered at a time. Every rank must exhaust the iterator.

@@ -209,7 +209,7 @@ def to_shard(rule: Rule, shape: ModelShape, tensors: Sequence[Tensor], tp: int, 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Joined:
-    """One Hugging Face tensor, still in the shards of its Megatron tensor (all parts, tensor-parallel order)."""
+    """One Hugging Face tensor, still in its Megatron tensor's shards (all, in tensor-parallel order)."""
 
     rule: Rule
     shape: ModelShape
