@@ -102,7 +102,7 @@ def measure(cfg: Config, count: int, length: int, tokens: int, rounds: int) -> d
     assert ours.recv() == "ready"
     seconds: dict[str, list[float]] = {"direct": [], "stack": []}
     with tempfile.TemporaryDirectory() as logs:
-        cluster = RayCluster(cfg, Path(logs), print)
+        cluster = RayCluster(cfg, Path(logs), print, with_trainers=False)
         try:
             fleet = cluster.engines()
 
