@@ -27,7 +27,8 @@ def test_an_engine_under_an_interpreter_of_its_own(tmp_path: Path) -> None:
     values["rollout"]["engine"] = {"type": "sglang", "python": sys.executable, "max_num_seqs": 128}
     config = tmp_path / "sglang.yaml"
     config.write_text(yaml.safe_dump(values))
-    env = {**os.environ, "REDONE_ASSETS": str(tmp_path / "assets"), "COLUMNS": "200"}
+    path = os.pathsep.join(str(REPO / p) for p in (".", "kernels", "launcher", "tests/sglang/stubs"))
+    env = {**os.environ, "PYTHONPATH": path, "REDONE_ASSETS": str(tmp_path / "assets"), "COLUMNS": "200"}
 
     def redone(*args: str) -> str:
         done = subprocess.run(
