@@ -44,7 +44,8 @@ class Trainer(Protocol):
 
     def streams(self, shard: Shard) -> dict[str, FloatArray] | None:
         """The residual stream of a shard of one sequence: point (weights.layers) -> [tokens, hidden] fp32 of
-        this rank's layers. None on ranks that repeat others or hold no part of the sequence."""
+        this rank's layers, and the margins of its routers. None on ranks that repeat others or hold no
+        part of the sequence."""
 
     def update(self, shard: Shard, algorithm: AlgorithmConfig) -> UpdateReport:
         """One optimizer step over the whole shard. Raises TrainerError on a non-finite loss."""

@@ -3,6 +3,10 @@
 A point is a place of the model under its Hugging Face name: `model.embed_tokens`, then for every layer the
 stream after attention (`model.layers.2.self_attn`) and after the MLP (`model.layers.2.mlp`), then the final
 norm (`model.norm`).
+
+A mixture of experts has one more source of differences: where two experts are almost equally good for a
+token, rounding chooses. The trainer's streams therefore hold, per layer, by how much every token's choice was
+made (`model.layers.2.mlp.gate`), so that such a tie can be told from a fault.
 """
 
 from __future__ import annotations
@@ -18,6 +22,8 @@ from redone.types import FloatArray
 EMBEDDING, FINAL_NORM = "model.embed_tokens", "model.norm"
 # Rounding alone stays below this relative difference, two implementations of one model do not agree further.
 FLOOR = {"float32": 2e-5, "bfloat16": 5e-2}
+# A choice among experts by less than this (router logits) may be rounding's.
+TIE = {"float32": 1e-4, "bfloat16": 5e-2}
 _LAYER = re.compile(r"(model\.layers\.\d+)\.(self_attn|mlp)$")
 _PARTS = {
     "self_attn": "attention (input_layernorm, self_attn)",
@@ -31,6 +37,11 @@ def attention_point(layer: int) -> str:
 
 def mlp_point(layer: int) -> str:
     return f"model.layers.{layer}.mlp"
+
+
+def gate_point(layer: int) -> str:
+    """[tokens, 1]: how far the last chosen expert's logit is above the first that was not chosen."""
+    return f"{mlp_point(layer)}.gate"
 
 
 def point_names(layers: int) -> list[str]:
@@ -70,16 +81,37 @@ def relative_differences(
         trainer: point -> [tokens, hidden] fp32.
         engine: point -> [last k of these tokens, hidden] fp32 (a prefix cache hides the first ones).
     """
-    found = {}
-    for point, theirs in engine.items():
-        if point not in trainer:
-            continue
-        ours = trainer[point][-len(theirs) :].astype(np.float64)
-        norms = np.linalg.norm(ours, axis=-1)
-        errors = np.linalg.norm(ours - theirs, axis=-1) / np.maximum(norms, 1e-30)
-        # A NaN compares as smaller than everything; it is the worst possible disagreement.
-        found[point] = float(np.where(np.isnan(errors), np.inf, errors).max())
-    return found
+    both = [point for point in engine if point in trainer]
+    return {point: float(_errors(trainer[point], engine[point]).max()) for point in both}
+
+
+def _errors(ours: FloatArray, theirs: FloatArray) -> FloatArray:
+    """[k] |a - b| / |a| of the last k tokens."""
+    exact = ours[-len(theirs) :].astype(np.float64)
+    norms = np.linalg.norm(exact, axis=-1)
+    errors = np.linalg.norm(exact - theirs, axis=-1) / np.maximum(norms, 1e-30)
+    # A NaN compares as smaller than everything; it is the worst possible disagreement.
+    return np.where(np.isnan(errors), np.inf, errors)
+
+
+def expert_tie(
+    point: str, trainer: Mapping[str, FloatArray], engine: Mapping[str, FloatArray], dtype: str
+) -> str | None:
+    """Why the first divergence, at `point`, is no fault, in words; None when it is not explained so.
+
+    It is when every token that differs there had its experts chosen by less than TIE.
+    """
+    margins = trainer.get(f"{point}.gate")
+    if margins is None:
+        return None
+    errors = _errors(trainer[point], engine[point])
+    margin = margins[-len(errors) :, 0][errors > FLOOR[dtype]]
+    if not (margin < TIE[dtype]).all():
+        return None
+    return (
+        f"{len(margin)} token(s) differ there, whose experts were chosen by {margin.max():.1e} or less "
+        "(router logits): a tie that rounding decides"
+    )
 
 
 def first_divergence(differences: Mapping[str, float], dtype: str) -> Divergence:

@@ -121,6 +121,22 @@ def trainer_mlp_epsilon(trainer: Any, layer: int, value: float) -> float | None:
     return None
 
 
+def trainer_tie(trainer: Any, layer: int) -> None:
+    """The router's second row becomes its first one, a little larger."""
+    rows = trainer.exporter.parameters[f"decoder.layers.{layer}.mlp.router.weight"].data
+    rows[1] = rows[0] * (1 + 1e-6)
+
+
+async def engine_tie(engine: Any, layer: int) -> None:
+    """The same on the engine, a little smaller."""
+
+    def change(worker: Any) -> None:
+        rows = worker.get_model().model.layers[layer].mlp.gate.weight.data
+        rows[1] = rows[0] * (1 - 1e-6)
+
+    await engine._core.rpc(change)
+
+
 async def flip_expert(engine: Any, layer: int) -> None:
     """Change the sign of what one expert's down projection computes with, after loading."""
 

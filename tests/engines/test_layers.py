@@ -13,14 +13,14 @@ from redone.cluster.canary import as_batch
 from redone.cluster.cluster import RayCluster
 from redone.errors import SyncError
 from redone.types import Batch, TrainGroup, Trajectory
-from redone.weights.layers import FLOOR, point_names, relative_differences
+from redone.weights.layers import FLOOR, gate_point, point_names, relative_differences
 from tests.engines import plants
 from tests.engines.harness import HeldWeights
 from tests.engines.plants import plant, push_random
 
 NORMAL_EPSILON = 1e-6
 
-pytestmark = pytest.mark.slow  # seven cases behind one start of two trainer ranks and an engine
+pytestmark = pytest.mark.slow  # eight cases behind one start of two trainer ranks and an engine
 
 
 def check(cluster: RayCluster) -> dict[str, float]:
@@ -40,16 +40,23 @@ def test_streams_of_both_sides_equal_hugging_face(cluster: RayCluster, tmp_path:
     sequence = cluster.trainers().canary.sequences[0]
     ours = cluster.trainers().streams(as_batch([sequence]))
     theirs = cluster.engines().streams(0, sequence, cached=False)
-    assert list(theirs) == point_names(4) and set(ours) == set(theirs)
-    assert {s.shape for s in ours.values()} == {(len(sequence), 64)}
+    gates = [gate_point(layer) for layer in range(4)]
+    assert list(theirs) == point_names(4) and set(ours) == {*theirs, *gates}
+    assert {ours[p].shape for p in theirs} == {(len(sequence), 64)}
     differences = relative_differences(ours, theirs)
     assert max(differences.values()) < FLOOR["float32"], differences
     held = HeldWeights(tmp_path / "now")
     with torch.no_grad():
-        states = held.model(torch.tensor([list(sequence)]), output_hidden_states=True).hidden_states
+        model = held.model(
+            torch.tensor([list(sequence)]), output_hidden_states=True, output_router_logits=True
+        )
+    states = model.hidden_states
     expected = {"model.embed_tokens": states[0], "model.layers.1.mlp": states[2], "model.norm": states[4]}
     for point, state in expected.items():
         assert np.abs(state[0].numpy() - ours[point]).max() <= 1e-5, point
+    for gate, logits in zip(gates, model.router_logits, strict=True):
+        best = logits.topk(3).values  # two experts per token
+        assert np.abs((best[:, 1:2] - best[:, 2:]).numpy() - ours[gate]).max() <= 1e-5, gate
 
 
 def test_a_healthy_pair_passes(cluster: RayCluster) -> None:
@@ -84,6 +91,19 @@ def test_an_expert_corrupted_after_loading_is_named(cluster: RayCluster) -> None
     plant(engine, plants.flip_expert, 3)
     assert "model.layers.3, MLP" in message
     check(cluster)
+
+
+def test_a_tie_between_experts_is_told_from_a_fault(cluster: RayCluster) -> None:
+    """Two experts of layer 1 that are chosen by the sixth digit, the other way round on the engine: every set
+    of sequences meets such tokens, so the check gives up in the end, and says why."""
+    for peer in cluster.trainers().peers:
+        plant(peer, plants.trainer_tie, 1)
+    cluster.trainers().push(cluster.engines(), 13)
+    (engine,) = cluster.engines().peers
+    plant(engine, plants.engine_tie, 1)
+    message = refused(cluster)
+    assert "model.layers.1, MLP" in message and "a tie that rounding decides" in message
+    assert push_random(cluster, 14)["sync/canary_max_abs_diff"] <= 1e-4
 
 
 def test_experts_that_are_not_packed_again_are_named(cluster: RayCluster) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from redone.weights.layers import first_divergence, point_names, relative_differences
+from redone.weights.layers import expert_tie, first_divergence, point_names, relative_differences
 from redone.weights.sync import probe_prompt
 
 
@@ -52,6 +52,25 @@ def test_a_cached_prefix_leaves_the_last_tokens() -> None:
     assert "lm_head" in text(ours, theirs)
     theirs["model.layers.0.self_attn"][0] += np.float32(1)
     assert "model.layers.0, attention" in text(ours, theirs)
+
+
+def test_a_tie_explains_what_its_tokens_alone_explain() -> None:
+    """Token 4 differs after layer 1's experts; token 2 as well, in the second half."""
+    point = "model.layers.1.mlp"
+    ours, theirs = streams(), streams()
+    theirs[point][4] += 1
+    margins = np.full((6, 1), 0.3, np.float32)
+    assert expert_tie(point, ours, theirs, "float32") is None, "a dense model has no margins"
+    ours[f"{point}.gate"] = margins
+    assert expert_tie(point, ours, theirs, "float32") is None, "chosen by far"
+    margins[4] = 2e-7
+    assert "1 token(s)" in (expert_tie(point, ours, theirs, "float32") or "")
+    last = {p: s[-2:] for p, s in theirs.items()}  # behind a cached prefix
+    assert "2.0e-07" in (expert_tie(point, ours, last, "float32") or "")
+    theirs[point][2] += 1
+    assert expert_tie(point, ours, theirs, "float32") is None, "token 2 is no tie"
+    margins[2] = np.nan
+    assert expert_tie(point, ours, theirs, "float32") is None
 
 
 def test_bfloat16_allows_its_own_rounding() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from redone.trainer.megatron import context
 from redone.types import FloatArray, Shard
-from redone.weights.layers import EMBEDDING, FINAL_NORM, attention_point, mlp_point
+from redone.weights.layers import EMBEDDING, FINAL_NORM, attention_point, gate_point, mlp_point
 
 
 def residual_streams(
@@ -21,8 +21,8 @@ def residual_streams(
     """Run `forward` over a shard of one sequence; collective over tensor- and context-parallel ranks.
 
     Returns:
-        point (redone.weights.layers) -> [tokens, hidden] fp32 of this pipeline stage's layers; None on ranks
-        that repeat others or whose shard is padding.
+        point (redone.weights.layers) -> [tokens, hidden] fp32 of this pipeline stage's layers (gates
+        [tokens, 1]); None on ranks that repeat others or whose shard is padding.
     """
     kept: dict[str, Tensor] = {}
     handles = [handle for module in modules for handle in _watch(module, kept)]
@@ -56,6 +56,13 @@ def _watch(module: Any, kept: dict[str, Tensor]) -> list[Any]:
     def entering(module: Any, args: Any, kwargs: Any) -> None:
         keep(EMBEDDING, kwargs["hidden_states"] if "hidden_states" in kwargs else args[0])
 
+    def routed(point: str) -> Callable[..., None]:
+        def margin(router: Any, args: Any) -> None:
+            best = router.gating(args[0]).float().topk(router.topk + 1).values
+            keep(point, best[..., -2:-1] - best[..., -1:])
+
+        return margin
+
     handles: list[Any] = []
     for layer in module.decoder.layers:
         index = layer.layer_number - 1
@@ -64,6 +71,9 @@ def _watch(module: Any, kept: dict[str, Tensor]) -> list[Any]:
         # Called with the stream between attention and MLP, also where it is an identity.
         handles.append(layer.pre_mlp_layernorm.register_forward_pre_hook(first_input(attention_point(index))))
         handles.append(layer.register_forward_hook(first_output(mlp_point(index))))
+        router = getattr(layer.mlp, "router", None)
+        if router is not None and router.topk < router.config.num_moe_experts:
+            handles.append(router.register_forward_pre_hook(routed(gate_point(index))))
     final = module.decoder.final_layernorm
     if isinstance(final, torch.nn.Module):
         handles.append(final.register_forward_hook(lambda m, args, output: keep(FINAL_NORM, output)))
