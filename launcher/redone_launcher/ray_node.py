@@ -44,6 +44,7 @@ NODE_ENV = {
     "RAY_prestart_worker_first_driver": "0",  # one idle process per logical CPU otherwise
     "RAY_enable_worker_prestart": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_worker_niceness": "0",
     "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1",
 }
 

@@ -22,6 +22,7 @@ DRIVER_ENV = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # keep CUDA_VISIBLE_DEVICES as we set it
     "RAY_memory_monitor_refresh_ms": "0",  # it would end our actors when others fill the machine's memory
+    "RAY_worker_niceness": "0",  # 15 by default: every other process would come before trainer and engines
     "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1",
 }
 ACTOR_ENV = {

@@ -22,7 +22,7 @@ def sglang_config(path: Path, **rollout: Any) -> Config:
     )
 
 
-@pytest.fixture(scope="session", params=["qwen3", pytest.param("qwen3_tied", marks=pytest.mark.unproven)])
+@pytest.fixture(scope="session", params=["qwen3", "qwen3_tied"])
 def live(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveEngine]:
     work = tmp_path_factory.mktemp(request.param)
     folder = make_tiny_model(work / "model", "qwen3", tie_word_embeddings=request.param == "qwen3_tied")

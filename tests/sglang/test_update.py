@@ -23,7 +23,7 @@ from tests.engines.test_update import assert_engine_holds
 from tests.sglang.conftest import sglang_config
 from tests.sglang.test_generate import LONG, TOLERANCE
 
-pytestmark = [pytest.mark.sglang, pytest.mark.unproven]
+pytestmark = pytest.mark.sglang
 
 
 def test_updates_are_exact_and_drop_the_prefix_cache(live: LiveEngine) -> None:
