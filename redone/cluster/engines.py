@@ -287,6 +287,9 @@ class RayEngineFleet:
         if cut_off and not (lost and self.cfg.weights.channel == "collective"):
             raise next(iter(cut_off.values()))
         for engine in cut_off:
+            # What is left of the failed update must not arrive in the middle of the next one.
+            left = [ref for e, _, ref in sent if e == engine]
+            ray.wait(left, num_returns=len(left), timeout=self.cfg.trainer.timeout_s)
             self._restore(self.peers[engine], last=())
         complete = [e for e in range(len(self.peers)) if e not in lost and e not in cut_off]
         return lost | dict(self._attempt(complete, "commit", (version,), {}))

@@ -57,7 +57,6 @@ def test_killed_during_a_weight_update(cluster: RayCluster) -> None:
     assert push_random(cluster, 3)["sync/canary_max_abs_diff"] <= 1e-4
 
 
-@pytest.mark.unproven
 @pytest.mark.slow
 @pytest.mark.usefixtures("alone")
 @pytest.mark.parametrize("in_process", [True, False], ids=["in-process", "async"])
@@ -103,7 +102,6 @@ def test_an_engine_that_hangs_is_replaced(tmp_path: Path) -> None:
         assert "engine 0 has ended no step of its loop for" in verdict and "stall_timeout_s=5" in verdict
 
 
-@pytest.mark.unproven
 @pytest.mark.slow
 @pytest.mark.usefixtures("alone")
 def test_an_engines_own_process_is_killed(tmp_path: Path) -> None:
