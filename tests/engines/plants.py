@@ -127,12 +127,18 @@ def trainer_tie(trainer: Any, layer: int) -> None:
     rows[1] = rows[0] * (1 + 1e-6)
 
 
-async def engine_tie(engine: Any, layer: int) -> None:
-    """The same on the engine, a little smaller."""
+async def engine_tie(engine: Any, layer: int, on: bool) -> None:
+    """The same on the engine, a little smaller; in the logits, as the rows are packed away."""
 
     def change(worker: Any) -> None:
-        rows = worker.get_model().model.layers[layer].mlp.gate.weight.data
-        rows[1] = rows[0] * (1 - 1e-6)
+        def smaller(gate: Any, args: Any, output: Any) -> None:
+            output[0][:, 1] = output[0][:, 0] * (1 - 1e-6)
+
+        gate = worker.get_model().model.layers[layer].mlp.gate
+        if on:
+            gate.planted = gate.register_forward_hook(smaller)
+        else:
+            gate.planted.remove()
 
     await engine._core.rpc(change)
 

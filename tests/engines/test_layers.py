@@ -100,8 +100,9 @@ def test_a_tie_between_experts_is_told_from_a_fault(cluster: RayCluster) -> None
         plant(peer, plants.trainer_tie, 1)
     cluster.trainers().push(cluster.engines(), 13)
     (engine,) = cluster.engines().peers
-    plant(engine, plants.engine_tie, 1)
+    plant(engine, plants.engine_tie, 1, True)
     message = refused(cluster)
+    plant(engine, plants.engine_tie, 1, False)
     assert "model.layers.1, MLP" in message and "a tie that rounding decides" in message
     assert push_random(cluster, 14)["sync/canary_max_abs_diff"] <= 1e-4
 
