@@ -22,7 +22,7 @@ from ranks import Group
 PARITY = 1e-5  # nat
 GRADIENT = 1e-5  # |a - b| / |b| of the worst tensor
 HEAD = 1e-6  # loss and the gradient of its weight, one head against another
-WEIGHT = 2e-5  # after three AdamW steps at lr 1e-3
+WEIGHT = 1e-5  # after three AdamW steps at lr 1e-3
 
 
 def at(layouts: dict[str, str]) -> list[object]:
@@ -66,7 +66,7 @@ STEPS = [
 def test_three_steps_equal_adamw(group: Group, name: str) -> None:
     result = group[f"train {name}"]
     assert result["weights"] <= WEIGHT
-    assert result["moved"] > 50 * WEIGHT
+    assert result["moved"] > 100 * WEIGHT
     for ours, theirs in zip(result["history"], result["expected"], strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-6)
 
@@ -180,7 +180,7 @@ def test_every_head_equals_the_reference_head(group: Group, case: str) -> None:
 @pytest.mark.parametrize("name", [pytest.param(name, marks=marks("2_slow")) for name in OVERLAPPED])
 def test_three_steps_with_overlapped_collectives_equal_adamw(world2_slow: Group, name: str) -> None:
     result = world2_slow[f"train {name}, overlapped"]
-    assert result["weights"] <= WEIGHT and result["moved"] > 50 * WEIGHT
+    assert result["weights"] <= WEIGHT and result["moved"] > 100 * WEIGHT
 
 
 def test_keys_for_cuda_set_megatrons_fields(world1: Group) -> None:
