@@ -94,13 +94,13 @@ system-packages:
 	fi
 
 test: system-packages lint
-	$(PYTEST) -m "not slow and not unproven and not gpu and not sglang"
+	$(PYTEST) -m "not slow and not gpu and not sglang"
 
 test-full: system-packages lint
-	$(PYTEST) -m "slow and not extra and not unproven and not gpu and not sglang"
+	$(PYTEST) -m "slow and not extra and not gpu and not sglang"
 
 test-extra: system-packages lint
-	$(PYTEST) -m "extra and not unproven"
+	$(PYTEST) -m "extra"
 
 # The trainer's tests on the sources of a newer megatron-core, which stands before the installed one on the ranks'
 # PYTHONPATH. Its wheel is for Python 3.12 because of one compiled helper that nothing here imports.
@@ -116,7 +116,7 @@ $(NEXT_FOLDER)/.unpacked: requirements/megatron-next.txt $(VENV)/.locked
 
 test-megatron-next: install $(NEXT_FOLDER)/.unpacked
 	REDONE_MEGATRON=$(NEXT_MEGATRON) PYTHONPATH=$(CURDIR)/$(NEXT_FOLDER)/src:$${PYTHONPATH:-} \
-		$(PYTEST) -m "not slow and not unproven" tests/dist/test_trainer.py tests/dist/test_moe_and_sharing.py
+		$(PYTEST) -m "not slow" tests/dist/test_trainer.py tests/dist/test_moe_and_sharing.py
 
 lint: install
 	$(VENV)/bin/ruff check .
@@ -140,7 +140,7 @@ $(SGLANG_VENV)/.installed: $(SGLANG_LOCK)
 	@touch $@
 
 test-sglang: install $(SGLANG_VENV)/.installed
-	REDONE_DRIVER_PYTHON=$(abspath $(PY)) PYTHONPATH=.:kernels:launcher:tests/sglang/stubs $(SGLANG_PY) -m pytest -m "sglang and not unproven" tests/sglang
+	REDONE_DRIVER_PYTHON=$(abspath $(PY)) PYTHONPATH=.:kernels:launcher:tests/sglang/stubs $(SGLANG_PY) -m pytest -m "sglang" tests/sglang
 
 # Needs no .venv: any python3 with torch, triton and pytest on a machine with a CUDA device. torch.compile, off in the
 # CPU tests, is one of the peers. A copy without history names its commit: make gpu-check REDONE_COMMIT=...

@@ -15,10 +15,10 @@ from torch import Tensor
 from redone.types import Batch, TrainGroup, Trajectory
 
 CLIP_LOW, CLIP_HIGH = 0.2, 0.28
-LR, WARMUP, TOTAL, WEIGHT_DECAY, CLIP_GRAD, BETAS = 1e-3, 2, 10, 0.1, 0.5, (0.9, 0.95)
-# AdamW's epsilon. Below it a gradient's own rounding decides the step: with 1e-8 single weights of Hugging
-# Face in fp32 and in fp64 differ by 4e-5 and more, depending on the CPU.
-EPS = 1e-6
+LR, WARMUP, TOTAL, WEIGHT_DECAY, CLIP_GRAD = 1e-3, 2, 10, 0.1, 0.5
+# Below epsilon a gradient's own rounding decides AdamW's step: with 1e-8 single weights of Hugging Face in
+# fp32 and in fp64 differ by 4e-5 and more, depending on the CPU.
+ADAM = {"betas": (0.9, 0.95), "eps": 1e-6}
 # (prompt length, response lengths): ragged, a one-token prompt, a one-sample group, one-token responses.
 SHAPES = ((20, (5, 7, 3, 12)), (1, (4, 4)), (9, (6,)), (17, (1, 9, 9, 2)))
 
@@ -110,7 +110,7 @@ def train(model: torch.nn.Module, batches: list[Batch]) -> list[tuple[float, flo
     decayed = [p for p in model.parameters() if p.ndim > 1]
     rest = [p for p in model.parameters() if p.ndim == 1]
     groups = [{"params": decayed, "weight_decay": WEIGHT_DECAY}, {"params": rest, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=LR, betas=BETAS, eps=EPS)
+    optimizer = torch.optim.AdamW(groups, lr=LR, **ADAM)
     history = []
     for step, batch in enumerate(batches):
         optimizer.zero_grad()

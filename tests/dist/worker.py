@@ -70,8 +70,7 @@ def make_config(path: str | Path, layout: Layout, **options: Any) -> Config:
                     "lr_decay_style": "cosine",
                     "weight_decay": reference.WEIGHT_DECAY,
                     "clip_grad": reference.CLIP_GRAD,
-                    "betas": reference.BETAS,
-                    "eps": reference.EPS,
+                    **reference.ADAM,
                 }
                 | options.get("optim", {}),
                 "max_token_len_per_rank": options.get("budget", 48),

@@ -10,7 +10,7 @@ import pytest
 from .conftest import Workplace
 from .test_tiny_run import our_processes, wait_for_step
 
-pytestmark = [pytest.mark.slow, pytest.mark.unproven]
+pytestmark = [pytest.mark.slow, pytest.mark.extra]  # eight minutes
 
 STEPS = 15
 AHEAD = ("rollout.max_staleness=1", "algorithm.importance.level=token")

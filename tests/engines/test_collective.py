@@ -55,7 +55,7 @@ def test_an_engine_loads_what_is_broadcast(live: LiveEngine, monkeypatch: pytest
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("alone")
-@pytest.mark.parametrize("engine_ranks", [1, 2])
+@pytest.mark.parametrize("engine_ranks", [pytest.param(1, marks=pytest.mark.extra), 2])
 def test_updates_and_kills(tmp_path: Path, engine_ranks: int) -> None:
     """Random updates on all engines; one killed while idle, one killed in the middle of an update."""
     model = make_tiny_model(tmp_path / "model", "qwen3_moe", dtype=torch.float32)

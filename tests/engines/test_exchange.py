@@ -52,8 +52,8 @@ CASES: dict[str, tuple[str, int, dict[str, int], int]] = {
 }
 
 
-@pytest.mark.unproven
 @pytest.mark.slow
+@pytest.mark.extra  # four clusters, fifty updates each
 @pytest.mark.usefixtures("alone")
 @pytest.mark.parametrize("case", CASES)
 def test_fifty_random_updates_are_exact(tmp_path: Path, case: str) -> None:

@@ -58,6 +58,7 @@ def test_killed_during_a_weight_update(cluster: RayCluster) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.extra  # five minutes
 @pytest.mark.usefixtures("alone")
 @pytest.mark.parametrize("in_process", [True, False], ids=["in-process", "async"])
 def test_killed_at_every_other_point(tmp_path: Path, in_process: bool) -> None:
@@ -103,6 +104,7 @@ def test_an_engine_that_hangs_is_replaced(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.extra  # two and a half minutes
 @pytest.mark.usefixtures("alone")
 def test_an_engines_own_process_is_killed(tmp_path: Path) -> None:
     """vLLM's EngineCore dies, the actor around it lives: as good as dead."""
