@@ -21,6 +21,7 @@ class Workplace:
 
     root: Path
     assets: Path
+    python: str = sys.executable
 
     def redone(self, *args: str, timeout_s: float = 420.0) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
@@ -38,7 +39,7 @@ class Workplace:
         )
 
     def command(self, *args: str) -> list[str]:
-        return [sys.executable, "-m", "redone_launcher.main", *args]
+        return [self.python, "-m", "redone_launcher.main", *args]
 
     def env(self) -> dict[str, str]:
         return {**os.environ, "REDONE_ASSETS": str(self.assets), "COLUMNS": "200"}

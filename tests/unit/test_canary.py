@@ -11,7 +11,7 @@ from redone.cluster.canary import MAX_TIES, Canary
 from redone.config.schema import Config
 from redone.errors import SyncError
 from redone.types import Batch, CanaryReading, FloatArray
-from redone.weights.layers import gate_point, mlp_point, point_names
+from redone.weights.layers import attention_point, gate_point, mlp_point, point_names
 
 VOCAB, HIDDEN = 64, 4
 
@@ -29,17 +29,19 @@ def config() -> Config:
 
 class Sides:
     """Trainer and engine in one. For the first `wrong` sets of sequences the first prompts differ at the last
-    token, behind layer 1's experts; `margin` is by how much these were chosen."""
+    token, behind layer 1's experts; `margin` is by how much these were chosen. `stale`: it is what engines
+    write behind the probe instead, and their cache holds keys and values of older weights."""
 
-    def __init__(self, wrong: int, margin: float) -> None:
-        self.wrong, self.margin, self.asked = wrong, margin, list[Sequence[Sequence[int]]]()
+    def __init__(self, wrong: int, margin: float, stale: bool = False) -> None:
+        self.wrong, self.margin, self.stale = wrong, margin, stale
+        self.asked: list[Sequence[Sequence[int]]] = []
 
     def canary(self, sequences: Sequence[Sequence[int]], probe: Sequence[int]) -> list[CanaryReading]:
         self.asked.append(sequences)
         scores = [np.full(len(s) - 1, -1.0, np.float32) for s in sequences]
-        if len(self.asked) <= self.wrong:
-            scores[0][-1] -= 0.1
         written = np.full(4, -1.0, np.float32)
+        if len(self.asked) <= self.wrong:
+            (written if self.stale else scores[0])[-1] -= 0.1
         return [CanaryReading(scores=tuple(scores), probe_ids=np.zeros(4, np.int32), probe_logprobs=written)]
 
     def logprobs(self, batch: Batch, *, temperature: float) -> list[list[FloatArray]]:
@@ -51,6 +53,8 @@ class Sides:
         if len(asked) == 1:
             return found | {gate_point(1): np.full((5, 1), self.margin, np.float32)}
         found[mlp_point(1)][-1] += 1
+        if self.stale and asked[2]:
+            found[attention_point(0)][-1] += 1
         return found
 
 
@@ -74,6 +78,13 @@ def test_a_fault_ends_the_run_at_once() -> None:
     with pytest.raises(SyncError, match=r"version 3.* model.layers.1, MLP") as caught:
         check(sides)
     assert "tie" not in str(caught.value) and len(sides.asked) == 1
+
+
+def test_a_tie_does_not_excuse_a_stale_cache() -> None:
+    sides = Sides(wrong=1, margin=1e-7, stale=True)
+    with pytest.raises(SyncError, match=r"first diverging layer is model.layers.0, attention"):
+        check(sides)
+    assert len(sides.asked) == 1
 
 
 def test_ties_without_end_are_an_error_that_says_so() -> None:

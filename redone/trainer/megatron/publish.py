@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 import torch.distributed as dist
@@ -77,7 +77,8 @@ class Publisher:
                 index = last_of[name]
                 first, last = self.plan.buckets[index]
                 if dist.get_rank() == 0:
-                    wait([self._digests[meta.name] for meta in self.plan.tensors[first:last]])
+                    for meta in self.plan.tensors[first:last]:
+                        self._digests[meta.name].result()  # written; an error goes no further
                 if self.writer is not None:
                     self.writer.announce(*bucket_span(self.plan, index))
                 if dist.get_rank() != 0:
